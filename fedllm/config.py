@@ -1,0 +1,290 @@
+"""The operator's run config: sections that validate themselves, read from Flower's flat dictionary.
+
+Flower hands over a flat mapping such as ``{"train.batch_size": 4, "num_rounds": 3}``; :func:`read_run_config` is the only
+reader of it. Lists are strings separated by commas and are split here. Every default stands in these models once; a test
+holds ``pyproject.toml`` to them. The data owner's settings are another model, in ``client_app/site.py``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from fedllm.errors import ConfigError, explain
+from fedllm.model.spec import BaseSpec, LoraSpec, ModelSpec, Section
+
+Scalar = str | int | float | bool
+
+
+class DataConfig(Section):
+    """Training text. In simulation this names the data of all sites; in deployment each site's own file decides."""
+
+    source: str = "pkg:chatterbot_corpus/data/english"
+    """Where the examples are: `file:/path` (a file or folder), `hf:org/name`, `pkg:package/path`."""
+
+    format: Literal["auto", "messages", "alpaca", "prompt-completion", "text"] = "auto"
+    """Shape of one example; `auto` detects it from the columns."""
+
+    max_length: int = Field(128, ge=8)
+    """Tokens in one training sequence; longer examples are cut and counted."""
+
+    packing: bool = True
+    """Put several short examples in one sequence, without letting attention or loss cross between them."""
+
+    holdout_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of each site's examples kept for evaluation, never trained on."""
+
+    max_holdout_examples: int = Field(64, ge=0)
+    """Upper bound on evaluated examples per site, 0 for no bound."""
+
+    max_train_examples: int = Field(0, ge=0)
+    """Upper bound on training examples per site, 0 for no bound."""
+
+
+class SimulationConfig(Section):
+    """How one data set becomes several sites; without effect in deployment."""
+
+    partitioner: Literal["iid", "dirichlet", "natural", "quantity"] = "natural"
+    """`iid`, `dirichlet` (label skew), `natural` (disjoint groups of an id such as the topic), `quantity` (size skew)."""
+
+    partition_by: str = "topic"
+    """Column that `dirichlet` and `natural` look at."""
+
+    dirichlet_alpha: float = Field(0.5, gt=0)
+    """Concentration of the Dirichlet draw: smaller is more skewed."""
+
+
+class TrainConfig(Section):
+    """Local training at a site."""
+
+    local_steps: int = Field(10, ge=1)
+    """Optimizer steps in one round."""
+
+    batch_size: int = Field(4, ge=1)
+    """Sequences in one micro-batch."""
+
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches in one optimizer step."""
+
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "sgd"] = "adamw"
+    """Local optimizer; the 8-bit and paged ones are bitsandbytes' and need CUDA."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the federation's steps over which the learning rate rises from zero."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate over the steps of all rounds after the warm-up."""
+
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Global gradient norm is clipped to this, 0 for no clipping."""
+
+    num_threads: int = Field(0, ge=0)
+    """CPU threads of one site's training, 0 for torch's own choice. Fixed threads are needed for equal bits."""
+
+
+class RoundsConfig(Section):
+    """Who takes part in a round, and how long the server waits."""
+
+    min_sites: int = Field(2, ge=1)
+    """Sites that must have joined before the first round, and the fewest usable replies of a round (its quorum)."""
+
+    join_timeout_s: float = Field(600.0, gt=0)
+    """Seconds to wait for `min_sites` sites."""
+
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the joined sites asked to train in a round."""
+
+    over_selection: float = Field(1.0, ge=1)
+    """Ask this many times more sites than `fraction` says, and close the round when enough have replied."""
+
+    deadline_s: float = Field(3600.0, gt=0)
+    """Seconds after which a round closes with the replies that came."""
+
+    max_attempts: int = Field(3, ge=1)
+    """Times a round is tried before the run ends for want of a quorum."""
+
+
+class StrategyConfig(Section):
+    """How updates become the next global adapter."""
+
+    name: str = "fedavg"
+    """Recipe: `fedavg`."""
+
+    server_optimizer: Literal["sgd", "adagrad", "adam", "yogi"] = "sgd"
+    """How the global adapter moves along the aggregated delta (Reddi et al., arXiv 2003.00295); `sgd` with rate 1 and no
+    momentum is FedAvg."""
+
+    server_learning_rate: float = Field(1.0, gt=0)
+    """Step size of the server optimizer."""
+
+    server_momentum: float = Field(0.0, ge=0, lt=1)
+    """Momentum of the server's `sgd`, first moment of the others."""
+
+    weighting: Literal["examples", "tokens", "uniform"] = "examples"
+    """What a site's weight in the average is."""
+
+
+class EvaluationConfig(Section):
+    """What is measured on text that nobody trained on."""
+
+    every: int = Field(1, ge=1)
+    """Evaluate after every this many rounds; the last round is always evaluated."""
+
+    local_only: bool = True
+    """After the last round, train each site alone for the same number of steps and report it beside the federation."""
+
+    central_source: str = ""
+    """A data source evaluated on the server too; it then loads the base. Empty for none."""
+
+    prompt: str = "What is the law of gravity?"
+    """A question answered by one site with the base and with the final adapter. Empty for none."""
+
+    max_new_tokens: int = Field(48, ge=1, le=4096)
+    """Length of that answer in tokens."""
+
+
+class TransportConfig(Section):
+    """How updates travel."""
+
+    kind: Literal["flower"] = "flower"
+    """`flower`: packed into one array inside Flower's message."""
+
+    uplink: str = "fp32"
+    """Codec pipeline of updates from sites to the server."""
+
+    downlink: str = "fp32"
+    """Codec pipeline of the global state from the server to sites."""
+
+    max_update_bytes: int = Field(1 << 30, ge=1024)
+    """Largest payload that is accepted from a site, in bytes."""
+
+
+class RunConfig(Section):
+    """Everything that the operator decides about a run."""
+
+    name: str = ""
+    """The run's name and folder; empty takes the strategy, the date and the time."""
+
+    resume: str = ""
+    """Name of a run to continue from its last checkpoint; its stored config is used, with the same number of rounds
+    unless a larger one is given."""
+
+    home: str = ""
+    """Folder that holds `runs/`; empty takes `FEDLLM_HOME`, else the directory where `flwr run` was called."""
+
+    num_rounds: int = Field(3, ge=1)
+    """Rounds of the federation."""
+
+    seed: int = 42
+    """Seed of every draw: initial adapter, splits, batches, sampling."""
+
+    deterministic: bool = True
+    """Fold updates in a fixed order and use deterministic kernels, so that equal seeds give equal bits on CPU."""
+
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints kept on disk."""
+
+    model: BaseSpec = BaseSpec()
+    adapter: LoraSpec = LoraSpec()
+    data: DataConfig = DataConfig()
+    simulation: SimulationConfig = SimulationConfig()
+    train: TrainConfig = TrainConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    transport: TransportConfig = TransportConfig()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The base and adapter that the run trains."""
+        return ModelSpec(base=self.model, adapter=self.adapter)
+
+    @property
+    def total_steps(self) -> int:
+        """Local optimizer steps of a site that takes part in every round."""
+        return self.num_rounds * self.train.local_steps
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> RunConfig:
+        if self.train.optimizer in ("adamw-8bit", "adamw-paged") and self.deterministic:
+            raise ValueError(f"train.optimizer={self.train.optimizer!r} is not deterministic; set deterministic=false")
+        return self
+
+
+def read_run_config(flat: Mapping[str, Scalar]) -> RunConfig:
+    """Turn Flower's flat run config into a checked :class:`RunConfig`.
+
+    Raises:
+        ConfigError: A key is unknown (the nearest known key is named) or a value is refused.
+    """
+    known = {key for key, _, _ in describe(RunConfig)}
+    for key in flat:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"Did you mean {near[0]!r}?" if near else "`fedllm config` lists all keys."
+            raise ConfigError(explain(f"unknown run config key {key!r}", where="run config", fix=hint))
+    return validated(RunConfig, unflatten(flat), "run config")
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def validated(model: type[ConfigT], values: Mapping[str, object], where: str) -> ConfigT:
+    """Check values against a config model and put pydantic's complaints into our words.
+
+    Raises:
+        ConfigError: Every refused key with what was expected and found.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_complaint(item) for item in error.errors(include_url=False)]
+        raise ConfigError(explain("; ".join(lines), where=where, fix="`fedllm config` explains every key.")) from error
+
+
+def _complaint(item: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"]) or "the whole"
+    return f"{key}: {item['msg']}" + ("" if not item["loc"] else f", found {item['input']!r}")
+
+
+def unflatten(flat: Mapping[str, Scalar]) -> dict[str, object]:
+    """Turn ``{"a.b": 1}`` into ``{"a": {"b": 1}}``."""
+    tree: dict[str, object] = {}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        branch = tree.setdefault(section, {}) if section else tree
+        assert isinstance(branch, dict), f"{section!r} is both a value and a section"
+        branch[name] = value
+    return tree
+
+
+def flatten(config: BaseModel) -> dict[str, Scalar]:
+    """Turn a config into Flower's flat form, the inverse of :func:`read_run_config`."""
+    return {key: getattr(owner, name) for key, owner, name in _leaves(config)}
+
+
+def _leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, BaseModel, str]]:
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", config, name
+
+
+def describe(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, object, str]]:
+    """Yield ``(key, default, meaning)`` of every setting, for documentation and for checks."""
+    for name, info in model.model_fields.items():
+        if isinstance(info.default, BaseModel):
+            yield from describe(type(info.default), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info.default, " ".join((info.description or "").split())
