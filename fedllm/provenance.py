@@ -1,0 +1,60 @@
+"""What a result depends on besides config and data: releases of the software, revision of the source."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import tomllib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_DISTRIBUTIONS = ("fedllm", "flwr", "numpy", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def versions() -> dict[str, str]:
+    """Return the releases of Python and of what is installed of our stack; nothing is imported for it.
+
+    The release of ``fedllm`` is that of the copy that runs: Flower runs its own, perhaps not the installed one.
+    """
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found | {"fedllm": str(own_project().get("version") or found.get("fedllm") or "unknown")}
+
+
+def own_project() -> Mapping[str, Any]:
+    """Return the ``[project]`` table of the copy of fedllm that runs; just the name if it was installed as a package."""
+    found = project(Path(__file__).parents[1])
+    return found if found and {"name", "version"} <= found.keys() else {"name": "fedllm"}
+
+
+def project(folder: Path) -> Mapping[str, Any] | None:
+    """Return the ``[project]`` table of a folder's ``pyproject.toml``, None where there is no readable one."""
+    try:
+        table = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8")).get("project")
+    except (OSError, ValueError):
+        return None
+    return table if isinstance(table, dict) else None
+
+
+def git_revision(folder: Path) -> str | None:
+    """Return the commit of the checkout a folder lies in, with ``+changes`` if files differ from it; None outside git."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if not commit:
+        return None
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+changes" if changed else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
