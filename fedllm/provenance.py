@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def own_project() -> Mapping[str, Any]:
-    """Return the ``[project]`` table of the copy of fedllm that runs; just the name if it was installed as a package."""
+    """Return the ``[project]`` table of the copy of fedllm that runs; just the name if installed as a package."""
     found = project(Path(__file__).parents[1])
     return found if found and {"name", "version"} <= found.keys() else {"name": "fedllm"}
 
@@ -43,7 +43,7 @@ def project(folder: Path) -> Mapping[str, Any] | None:
 
 
 def git_revision(folder: Path) -> str | None:
-    """Return the commit of the checkout a folder lies in, with ``+changes`` if files differ from it; None outside git."""
+    """Return the commit of the checkout a folder lies in, ``+changes`` if files differ from it; None outside git."""
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return None
