@@ -1,0 +1,261 @@
+"""Open a payload and decode it tensor by tensor, trusting nothing in it.
+
+Opening checks the head against what the receiver knows (layout, base, size). A tensor's segment is checked for its
+checksum, structure and finiteness before its first use. Nothing larger than the layout's own tensor is ever allocated.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fedllm.codecs.container import Head, PayloadHeader, PayloadKind, checksum, read_head
+from fedllm.codecs.pipeline import Pipeline, parse
+from fedllm.codecs.stage import Accumulator, Buffer, Values
+from fedllm.codecs.tensor import TensorCodec
+from fedllm.errors import (
+    AgreementError,
+    ConfigError,
+    CorruptPayloadError,
+    LayoutError,
+    NonFiniteError,
+    OversizedPayloadError,
+    PayloadVersionError,
+    TruncatedPayloadError,
+    explain,
+)
+from fedllm.update import Layout
+
+
+def open_payload(
+    source: Path | bytes | memoryview,
+    *,
+    layout: Layout,
+    base: str,
+    max_bytes: int | None = None,
+    kind: PayloadKind | None = None,
+    round_: int | None = None,
+    pipeline: Pipeline | None = None,
+    reference_id: str | None = None,
+) -> PayloadReader:
+    """Open a payload and check its head; the caller closes the reader.
+
+    Args:
+        source: A file (mapped, not read) or the bytes.
+        layout: What both ends agreed on.
+        base: Fingerprint of the base that the receiver holds.
+        max_bytes: Largest payload to accept, None for the layout's own bound only.
+        kind: If given, the only kind to accept.
+        round_: If given, the only round to accept.
+        pipeline: If given, the only pipeline to accept.
+        reference_id: If given, the only reference to accept; empty for absolute values.
+
+    Raises:
+        TruncatedPayloadError: Fewer bytes than announced.
+        OversizedPayloadError: More bytes than announced, than ``max_bytes`` or than the layout can need.
+        CorruptPayloadError: Not a payload, or a damaged head.
+        PayloadVersionError: Written by another format version, or with a stage unknown here.
+        LayoutError: Written for another layout.
+        AgreementError: Another base, kind, round, pipeline or reference.
+    """
+    reader = PayloadReader(source, layout, max_bytes)
+    header = reader.header
+    wanted = {
+        "base": (base, header.base),
+        "kind": (kind, header.kind),
+        "round": (round_, header.round),
+        "pipeline": (pipeline.wire_text if pipeline else None, header.pipeline),
+        "reference": (reference_id, header.reference),
+    }
+    for field, (expected, found) in wanted.items():
+        if expected is not None and expected != found:
+            reader.close()
+            raise AgreementError(
+                explain(
+                    f"a payload has another {field}", expected=repr(expected), found=repr(found), where=reader.where
+                )
+            )
+    return reader
+
+
+class PayloadReader:
+    """An open payload; made by :func:`open_payload`, closed by its user or by ``with``.
+
+    Attributes:
+        header: What the payload says about itself.
+        digest: The payload's name, 32 hexadecimal digits.
+        num_bytes: Its size.
+        where: What error messages call it.
+    """
+
+    def __init__(self, source: Path | bytes | memoryview, layout: Layout, max_bytes: int | None) -> None:
+        self._layout = layout
+        self._checked: set[str] = set()
+        self.where = f"payload {source}" if isinstance(source, Path) else "payload"
+        mapped = _mapped(source, max_bytes) if isinstance(source, Path) else source
+        self._map = mapped if isinstance(mapped, mmap.mmap) else None
+        self._bytes = memoryview(mapped).cast("B").toreadonly()
+        try:
+            self._open(max_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, max_bytes: int | None) -> None:
+        self.num_bytes = len(self._bytes)
+        _check_limit(self.num_bytes, max_bytes, self.where)
+        head, at = read_head(self._bytes)
+        self.header: PayloadHeader = head.header
+        self.digest = head.digest
+        _check_layout(head, self._layout, self.where)
+        pipeline = _read_pipeline(self.header, self._layout)
+        self._codecs = {
+            spec.name: TensorCodec(pipeline.branch(spec.role), spec, self.header) for spec in self._layout.tensors
+        }
+        self._segments: dict[str, tuple[int, int, int]] = {}
+        for spec, (length, expected) in zip(self._layout.tensors, head.rows, strict=True):
+            self._check_length(spec.name, length)
+            self._segments[spec.name] = (at, at + length, expected)
+            at += length
+        if at != self.num_bytes:
+            error = TruncatedPayloadError if at > self.num_bytes else OversizedPayloadError
+            raise error(
+                explain(
+                    "a payload has another size than it announces", expected=at, found=self.num_bytes, where=self.where
+                )
+            )
+
+    def _check_length(self, name: str, length: int) -> None:
+        bound = self._codecs[name].max_bytes
+        if length > bound:
+            raise OversizedPayloadError(
+                explain(
+                    f"the segment of {name!r} is larger than its tensor can need",
+                    expected=f"at most {bound} bytes",
+                    found=f"{length} bytes",
+                    where=self.where,
+                )
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tensor names in the layout's order."""
+        return self._layout.names
+
+    def read(self, name: str) -> Values:
+        """Return one tensor as it travelled, a new float32 array in the layout's shape.
+
+        Where the header names a reference, these values are the difference to it.
+
+        Raises:
+            LayoutError: The layout has no such tensor.
+            CorruptPayloadError: The segment's checksum or structure is wrong.
+            NonFiniteError: It holds NaN or infinity.
+        """
+        return self._codec(name).decode(self._open_segment(name)).reshape(self._layout[name].shape)
+
+    def add_to(self, name: str, accumulator: Accumulator, weight: float) -> None:
+        """Add ``weight`` times one tensor to an accumulator, which is left untouched if the tensor is refused.
+
+        Args:
+            name: The tensor.
+            accumulator: float32 or float64 in the layout's shape, C-contiguous, changed in place.
+            weight: A finite factor.
+
+        Raises:
+            LayoutError, CorruptPayloadError, NonFiniteError: As for :meth:`read`.
+        """
+        codec = self._codec(name)
+        assert accumulator.shape == codec.spec.shape, f"accumulator {accumulator.shape} for {codec.spec}"
+        assert accumulator.flags.c_contiguous, "the accumulator must be C-contiguous"
+        codec.add(self._open_segment(name), accumulator.reshape(-1), weight)
+
+    def verify(self) -> None:
+        """Check every tensor's checksum, structure and finiteness, keeping none.
+
+        Raises:
+            CorruptPayloadError, NonFiniteError: As for :meth:`read`.
+        """
+        for name in self.names:
+            self._open_segment(name)
+
+    def close(self) -> None:
+        """Let go of the bytes; the file is unmapped."""
+        self._bytes.release()
+        if self._map is not None:
+            self._map.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _codec(self, name: str) -> TensorCodec:
+        if name not in self._codecs:
+            raise LayoutError(explain(f"the layout has no tensor {name!r}", where=self.where))
+        return self._codecs[name]
+
+    def _open_segment(self, name: str) -> Buffer:
+        codec = self._codec(name)
+        start, stop, expected = self._segments[name]
+        segment = self._bytes[start:stop]
+        where = f"tensor {name!r} of {self.where}"
+        if name not in self._checked:
+            found = checksum(segment)
+            if found != expected:
+                raise CorruptPayloadError(
+                    explain("a segment is damaged", expected=f"{expected:016x}", found=f"{found:016x}", where=where)
+                )
+        try:
+            opened = codec.open(segment)
+        except (CorruptPayloadError, NonFiniteError, OversizedPayloadError, TruncatedPayloadError) as error:
+            raise type(error)(f"{error} In {where}.") from error
+        self._checked.add(name)
+        return opened
+
+
+def _mapped(path: Path, max_bytes: int | None) -> mmap.mmap:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        _check_limit(size, max_bytes, f"payload {path}")
+        if not size:
+            raise TruncatedPayloadError(explain("a payload is empty", where=path))
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _check_limit(found: int, max_bytes: int | None, where: str) -> None:
+    if max_bytes is not None and found > max_bytes:
+        raise OversizedPayloadError(
+            explain(
+                "a payload is too large", expected=f"at most {max_bytes} bytes", found=f"{found} bytes", where=where
+            )
+        )
+
+
+def _check_layout(head: Head, layout: Layout, where: str) -> None:
+    if head.header.layout != layout.digest:
+        raise LayoutError(
+            explain("a payload has another layout", expected=layout.digest, found=head.header.layout, where=where)
+        )
+    if len(head.rows) != len(layout.tensors):
+        raise CorruptPayloadError(
+            explain("a payload has another number of segments", expected=len(layout.tensors), found=len(head.rows))
+        )
+
+
+def _read_pipeline(header: PayloadHeader, layout: Layout) -> Pipeline:
+    try:
+        pipeline = parse(header.pipeline)
+        pipeline.check(layout)
+    except ConfigError as error:
+        raise PayloadVersionError(f"This release cannot read the payload's pipeline. {error}") from error
+    if pipeline.wire_text != header.pipeline:
+        raise CorruptPayloadError(
+            explain("a payload's pipeline is not canonical", expected=pipeline.wire_text, found=header.pipeline)
+        )
+    return pipeline
