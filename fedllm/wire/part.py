@@ -1,0 +1,171 @@
+"""One payload that is arriving: appended to in order, verified as a whole, then handed over."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.errors import CorruptPayloadError, OversizedPayloadError, TransportError, explain
+from fedllm.wire.digest import CHUNK_BYTES, is_digest
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Names a payload: what a sender announces and a receiver confirms.
+
+    Attributes:
+        size: Its bytes.
+        digest: SHA-256, 64 hexadecimal digits.
+
+    Raises:
+        TransportError: The size is negative or the digest is none.
+    """
+
+    size: int
+    digest: str
+
+    def __post_init__(self) -> None:
+        if self.size < 0 or not is_digest(self.digest):
+            raise TransportError(explain("a payload is announced wrongly", expected="bytes and SHA-256", found=self))
+
+    def __str__(self) -> str:
+        return f"{self.size} bytes, SHA-256 {self.digest[:12]}…"
+
+
+class Part:
+    """A file that grows to an announced payload, from what an earlier part already held.
+
+    Writes are serialized, and after :meth:`close` all of them fail, so another thread can end a writer at any time.
+
+    Args:
+        path: The file; opened behind what it holds, or made.
+        announced: What it has to become.
+        deliver: Moves the verified, synced file into place.
+    """
+
+    def __init__(self, path: Path, announced: Receipt, deliver: Callable[[Path], None]) -> None:
+        self.path, self.announced = path, announced
+        self._deliver = deliver
+        self._lock = threading.Lock()
+        self._sha: hashlib._Hash | None = None
+        with clear_disk_errors(path):
+            self._file = path.open("a+b", buffering=0)
+            self._size = os.fstat(self._file.fileno()).st_size
+        if self._size > announced.size:
+            self.rewind()
+
+    def __enter__(self) -> Part:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def size(self) -> int:
+        """Bytes held, each of them in a chunk whose checksum was right."""
+        return self._size
+
+    @property
+    def missing(self) -> int:
+        """Bytes that have not arrived."""
+        return self.announced.size - self._size
+
+    @property
+    def closed(self) -> bool:
+        """Tell whether writing has ended."""
+        return self._file.closed
+
+    def append(self, chunk: bytes | memoryview) -> None:
+        """Write the next bytes.
+
+        Raises:
+            OversizedPayloadError: More bytes than announced; nothing of the chunk is kept.
+            TransportError: The part was closed, or the disk refused.
+        """
+        with self._writing():
+            if len(chunk) > self.missing:
+                found = f"at least {self._size + len(chunk)}"
+                raise OversizedPayloadError(
+                    explain("a payload is longer than announced", expected=f"{self.announced.size} bytes", found=found)
+                )
+            sha = self._hash_of_held()
+            self._write(chunk)
+            sha.update(chunk)
+            self._size += len(chunk)
+
+    def rewind(self) -> None:
+        """Forget what is held and begin at the first byte."""
+        with self._writing():
+            self._file.truncate(0)
+            self._sha, self._size = None, 0
+
+    def finish(self) -> None:
+        """Verify the whole, sync it to disk and hand it over; the part is closed.
+
+        Raises:
+            CorruptPayloadError: The digest is not the announced one; what was held is discarded.
+            TransportError: Bytes are missing (they can still be sent), the part was closed, or the disk refused.
+        """
+        with self._writing():
+            if self.missing:
+                raise TransportError(
+                    explain("a payload is not complete", expected=self.announced.size, found=self._size)
+                )
+            found = self._hash_of_held().hexdigest()
+            if found != self.announced.digest:
+                self._file.close()
+                self.path.unlink()
+                raise CorruptPayloadError(
+                    explain("a payload has another SHA-256", expected=self.announced.digest, found=found)
+                )
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._deliver(self.path)
+
+    def close(self) -> None:
+        """Stop writing and keep what is held. Closing twice does nothing."""
+        with self._lock:
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._lock, clear_disk_errors(self.path):
+            if self._file.closed:
+                raise TransportError(explain("a transfer was superseded or its round closed", where=self.path.name))
+            yield
+
+    def _hash_of_held(self) -> hashlib._Hash:
+        """Return the running hash; after a restart it is computed once from the file."""
+        if self._sha is None:
+            self._sha = hashlib.sha256()
+            self._file.seek(0)
+            while chunk := self._file.read(CHUNK_BYTES):
+                self._sha.update(chunk)
+        return self._sha
+
+    def _write(self, chunk: bytes | memoryview) -> None:
+        rest = memoryview(chunk)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(self._size)
+            raise
+
+
+@contextlib.contextmanager
+def clear_disk_errors(path: Path) -> Iterator[None]:
+    """Turn the system's complaints about a file into a TransportError whose cause is the complaint."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        problem = "the disk is full" if full else "a file cannot be read or written"
+        fix = "Free disk space." if full else "Check the folder's owner and permissions."
+        raise TransportError(explain(problem, found=error.strerror, where=path, fix=fix)) from error
