@@ -127,7 +127,16 @@ class StrategyConfig(Section):
     """Step size of the server optimizer."""
 
     server_momentum: float = Field(0.0, ge=0, lt=1)
-    """Momentum of the server's `sgd`, first moment of the others."""
+    """Momentum of the server's `sgd`; without effect for the others."""
+
+    server_beta_1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment of the server's `adam` and `yogi`."""
+
+    server_beta_2: float = Field(0.99, ge=0, lt=1)
+    """Decay of the second moment of the server's `adam` and `yogi`."""
+
+    server_tau: float = Field(1e-3, gt=0)
+    """Added to the root of the second moment: how adaptive `adagrad`, `adam` and `yogi` are."""
 
     weighting: Literal["examples", "tokens", "uniform"] = "examples"
     """What a site's weight in the average is."""

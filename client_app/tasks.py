@@ -1,0 +1,140 @@
+"""What a site does with an instruction: greet, train, evaluate, train alone. One function each."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from client_app.session import open_session
+from client_app.workplace import Workplace
+from fedllm.errors import TransportError, explain
+from fedllm.messages import (
+    AnyMessage,
+    DataCounts,
+    EvaluateInstruction,
+    EvaluateReport,
+    Hello,
+    Introduction,
+    LocalOnlyInstruction,
+    LocalOnlyReport,
+    TrainInstruction,
+    TrainReport,
+)
+from fedllm.update import Arrays
+from fedllm.wire.transport import Envelope
+
+log = logging.getLogger(__name__)
+
+Answer = tuple[AnyMessage, Envelope | None]
+
+
+def perform(instruction: AnyMessage, envelope: Envelope, workplace: Workplace) -> Answer:
+    """Do what an instruction asks.
+
+    Raises:
+        FedLLMError: The work cannot be done; the class says why.
+    """
+    match instruction:
+        case Hello():
+            return greet(instruction, workplace)
+        case TrainInstruction():
+            return train_round(instruction, envelope, workplace)
+        case EvaluateInstruction():
+            return evaluate(instruction, envelope, workplace)
+        case LocalOnlyInstruction():
+            return train_alone(instruction, envelope, workplace)
+        case _:
+            raise TransportError(explain("an unknown instruction", found=instruction.kind))
+
+
+def greet(instruction: Hello, workplace: Workplace) -> Answer:
+    """Build the model, read the data, and state what the site holds."""
+    session = open_session(instruction, workplace)
+    report = session.data.report
+    introduction = Introduction(
+        site=workplace.site,
+        agreement=session.agreement,
+        layout=session.layout.to_json(),
+        target_modules=session.target_modules,
+        data=DataCounts(
+            num_train_examples=report.train.num_examples,
+            num_train_tokens=report.train.num_tokens,
+            num_train_targets=report.train.num_target_tokens,
+            num_holdout_examples=report.holdout.num_examples,
+            num_holdout_targets=report.holdout.num_target_tokens,
+            num_truncated=report.train.num_truncated + report.holdout.num_truncated,
+            num_dropped=report.train.num_dropped + report.holdout.num_dropped,
+            topics=dict(report.topics),
+        ),
+        base_load_s=session.base.seconds,
+        base_from_cache=session.base.from_cache,
+    )
+    log.info("%s is ready: %s", workplace.site, session.summary)
+    return introduction, None
+
+
+def train_round(instruction: TrainInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
+    """Train from the global state and hand in the delta."""
+    started = time.perf_counter()
+    session = open_session(instruction, workplace)
+    received = session.fetch(instruction, envelope)
+    fetched = time.perf_counter()
+    result, trained = session.train(
+        received,
+        first_step=instruction.first_step,
+        num_steps=session.config.train.local_steps,
+        round_=instruction.round,
+        title=f"{workplace.site} round {instruction.round}",
+    )
+    finished = time.perf_counter()
+    delta: Arrays = {name: trained[name] - received[name] for name in received}
+    back = session.push(instruction, envelope, delta)
+    phases = {"fetch": fetched - started, "train": finished - fetched, "push": time.perf_counter() - finished}
+    report = TrainReport(
+        site=workplace.site,
+        round=instruction.round,
+        num_examples=session.data.report.train.num_examples,
+        num_tokens=result.num_target_tokens,
+        num_steps=result.num_steps,
+        loss=result.loss_mean,
+        loss_last=result.loss_last,
+        grad_norm=result.grad_norm_mean,
+        seconds=time.perf_counter() - started,
+        phases=phases,
+    )
+    return report, back
+
+
+def evaluate(instruction: EvaluateInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
+    """Evaluate the global state on the site's hold-out, and answer the prompt if there is one."""
+    started = time.perf_counter()
+    session = open_session(instruction, workplace)
+    session.load(session.fetch(instruction, envelope))
+    score = session.score()
+    base, tuned = session.answer(instruction.prompt) if instruction.prompt else ("", "")
+    report = EvaluateReport(
+        site=workplace.site,
+        round=instruction.round,
+        score=score,
+        answer_base=base,
+        answer=tuned,
+        seconds=time.perf_counter() - started,
+    )
+    return report, None
+
+
+def train_alone(instruction: LocalOnlyInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
+    """Train from the first global state on the site's own data only, with the federation's steps and schedule."""
+    started = time.perf_counter()
+    session = open_session(instruction, workplace)
+    received = session.fetch(instruction, envelope)
+    result, _ = session.train(
+        received, first_step=0, num_steps=instruction.num_steps, round_=0, title=f"{workplace.site} alone"
+    )
+    report = LocalOnlyReport(
+        site=workplace.site,
+        score=session.score(),
+        num_steps=result.num_steps,
+        seconds=time.perf_counter() - started,
+    )
+    return report, None

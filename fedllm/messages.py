@@ -1,0 +1,235 @@
+"""What server and site say to each other, as checked data.
+
+Every message is one JSON text of at most :data:`MAX_MESSAGE_CHARS`, carried by Flower beside at most one packed blob
+(:mod:`fedllm.records`). Evolution: a field may be added with a default; a field never changes meaning; a new meaning is
+a new field and a new :data:`PROTOCOL`.
+
+Each instruction is complete in itself, because Flower starts a new process for every message in deployment.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from fedllm.agreement import Agreement
+from fedllm.config import RunConfig, Scalar, read_run_config
+from fedllm.errors import TransportError, explain
+
+PROTOCOL = 1
+MAX_MESSAGE_CHARS = 32 << 20
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Message(BaseModel):
+    """Base of all messages: frozen, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    protocol: Literal[1] = 1
+
+
+class Instruction(Message):
+    """What the server asks of a site.
+
+    Attributes:
+        run: The run's name.
+        run_folder: The run's folder on the server; a site uses it in simulation only, where both are one machine.
+        config: The effective run config in Flower's flat form.
+    """
+
+    run: str
+    run_folder: str
+    config: dict[str, Scalar]
+
+    def read_config(self) -> RunConfig:
+        """Return the checked run config."""
+        return read_run_config(self.config)
+
+
+class Hello(Instruction):
+    """Build the model, read the data, and say what you hold."""
+
+    kind: Literal["hello"] = "hello"
+
+
+class DataCounts(Message):
+    """How much data a site has; counts only, never content."""
+
+    num_train_examples: int = Field(ge=0)
+    num_train_tokens: int = Field(ge=0)
+    num_train_targets: int = Field(ge=0)
+    num_holdout_examples: int = Field(ge=0)
+    num_holdout_targets: int = Field(ge=0)
+    num_truncated: int = Field(ge=0)
+    num_dropped: int = Field(ge=0)
+    topics: dict[str, int] = {}
+
+
+class Introduction(Message):
+    """A site's answer to :class:`Hello`.
+
+    Attributes:
+        layout: The adapter's layout as JSON text, whose digest is in the agreement.
+        target_modules: Names of the adapted modules, for PEFT's config.
+        base_load_s: Seconds that loading the base took, and whether it came from the cache.
+    """
+
+    kind: Literal["introduction"] = "introduction"
+    site: Name
+    agreement: Agreement
+    layout: str
+    target_modules: list[str]
+    data: DataCounts
+    base_load_s: float
+    base_from_cache: bool
+
+
+class TrainInstruction(Instruction):
+    """Train from the global state for one round and hand in the delta.
+
+    Attributes:
+        state_id: Digest of the global state's payload.
+        first_step: Index of the round's first local step among all steps of the federation.
+        base: Fingerprint that the payloads carry.
+    """
+
+    kind: Literal["train"] = "train"
+    round: int = Field(ge=1)
+    attempt: int = Field(ge=1)
+    state_id: str
+    layout: str
+    base: str
+    first_step: int = Field(ge=0)
+    trainable: tuple[str, ...] = ()
+
+
+class TrainReport(Message):
+    """A site's account of its training; the delta travels beside it."""
+
+    kind: Literal["trained"] = "trained"
+    site: Name
+    round: int
+    num_examples: int = Field(ge=1)
+    num_tokens: int = Field(ge=1)
+    num_steps: int = Field(ge=1)
+    loss: Finite
+    loss_last: Finite
+    grad_norm: Finite
+    seconds: Finite
+    phases: dict[str, Finite] = {}
+
+
+class EvaluateInstruction(Instruction):
+    """Evaluate the global state on the site's hold-out.
+
+    Attributes:
+        prompt: A question to answer with the base and with the state, empty for none.
+    """
+
+    kind: Literal["evaluate"] = "evaluate"
+    round: int = Field(ge=0)
+    state_id: str
+    layout: str
+    base: str
+    prompt: str = ""
+
+
+class Score(Message):
+    """Loss on held-out text.
+
+    Attributes:
+        loss: Mean cross-entropy over target tokens, in nats.
+        accuracy: Share of target tokens that the model ranks first.
+    """
+
+    loss: Finite
+    accuracy: Annotated[float, Field(ge=0, le=1)]
+    num_tokens: int = Field(ge=1)
+    num_examples: int = Field(ge=1)
+
+
+class EvaluateReport(Message):
+    """A site's held-out score of the global state."""
+
+    kind: Literal["evaluated"] = "evaluated"
+    site: Name
+    round: int
+    score: Score
+    answer_base: str = ""
+    answer: str = ""
+    seconds: Finite
+
+
+class LocalOnlyInstruction(Instruction):
+    """Train alone from the first global state for as many steps as the federation took, and evaluate.
+
+    The trained adapter stays at the site; only scores come back.
+    """
+
+    kind: Literal["local-only"] = "local-only"
+    state_id: str
+    layout: str
+    base: str
+    num_steps: int = Field(ge=1)
+
+
+class LocalOnlyReport(Message):
+    """The held-out score of a site's own training."""
+
+    kind: Literal["local-only-done"] = "local-only-done"
+    site: Name
+    score: Score
+    num_steps: int
+    seconds: Finite
+
+
+class Failure(Message):
+    """A site could not or would not do what it was asked.
+
+    Attributes:
+        error: Class of the error, for example ``DataError``.
+        reason: What happened, in words that hold no data content.
+    """
+
+    kind: Literal["failure"] = "failure"
+    site: str
+    error: str
+    reason: str = Field(max_length=4000)
+
+
+AnyMessage = Annotated[
+    Hello
+    | Introduction
+    | TrainInstruction
+    | TrainReport
+    | EvaluateInstruction
+    | EvaluateReport
+    | LocalOnlyInstruction
+    | LocalOnlyReport
+    | Failure,
+    Field(discriminator="kind"),
+]
+
+
+_ADAPTER: TypeAdapter[AnyMessage] = TypeAdapter(AnyMessage)
+
+
+def parse_message(text: str, where: str) -> AnyMessage:
+    """Read one message.
+
+    Raises:
+        TransportError: The text is too long, not JSON, of an unknown kind, or a field is refused.
+    """
+    if len(text) > MAX_MESSAGE_CHARS:
+        raise TransportError(explain("a message is too long", expected=MAX_MESSAGE_CHARS, found=len(text), where=where))
+    try:
+        return _ADAPTER.validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise TransportError(explain(f"a message cannot be read: {place}: {first['msg']}", where=where)) from error

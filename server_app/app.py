@@ -1,0 +1,125 @@
+"""The ServerApp: Flower's entry point on the server.
+
+It reads the run config, opens the run's folder, puts the parts together, and hands over to :mod:`server_app.loop`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedllm.config import RunConfig, Scalar, flatten, read_run_config
+from fedllm.logs import set_up_logging
+from fedllm.manifest import Manifest
+from fedllm.messages import Hello
+from fedllm.runs import RunFolder, calling_app, git_revision, resolve_home
+from fedllm.wire.inline import InlineServerTransport
+from server_app.checkpoint import RunState, load_latest
+from server_app.exchange import Exchange
+from server_app.federation import Federation
+from server_app.loop import Loop
+from server_app.recorder import Recorder
+from server_app.roster import Roster
+from strategies.registry import build_strategy
+
+log = logging.getLogger(__name__)
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run or resume one federation."""
+    set_up_logging()
+    given = read_run_config(context.run_config)
+    home = resolve_home(given.home)
+    if given.resume:
+        folder, config, state = _resume(home, given)
+    else:
+        folder, config, state = _start(home, given)
+    with folder.held():
+        _note_run(folder, config, context.run_id)
+        recorder = Recorder(folder)
+        if state is not None:
+            recorder.rewind(state.round)
+        Loop(_federation(grid, folder, config, state, recorder), state).run()
+
+
+def _start(home: Path, config: RunConfig) -> tuple[RunFolder, RunConfig, None]:
+    build_strategy(config)
+    folder = RunFolder.create(home, config.name or _new_name(config))
+    return folder, config, None
+
+
+def _new_name(config: RunConfig) -> str:
+    return f"{config.strategy.name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _resume(home: Path, given: RunConfig) -> tuple[RunFolder, RunConfig, RunState | None]:
+    """Open an earlier run with its own config; only a larger number of rounds is taken from the new one."""
+    folder = RunFolder.open(home, given.resume)
+    stored = Manifest.read(folder.manifest).run_config
+    num_rounds = max(stored.num_rounds, given.num_rounds)
+    _warn_of_ignored(flatten(given), flatten(stored))
+    config = stored.model_copy(update={"num_rounds": num_rounds})
+    state = load_latest(folder.checkpoints)
+    log.info("resuming %s after round %d of %d", folder.name, state.round if state else 0, num_rounds)
+    return folder, config, state
+
+
+def _warn_of_ignored(given: Mapping[str, Scalar], stored: Mapping[str, Scalar]) -> None:
+    """Say which settings of this call have no effect, because a resumed run keeps its own."""
+    defaults = flatten(RunConfig())
+    for key, value in given.items():
+        if key not in ("resume", "home", "name", "num_rounds") and value not in (defaults[key], stored[key]):
+            log.warning("%s = %r has no effect: the resumed run keeps %r", key, value, stored[key])
+
+
+def _note_run(folder: RunFolder, config: RunConfig, run_id: int) -> None:
+    """Write the manifest of a new run, or note in it that the run goes on."""
+    if folder.manifest.exists():
+        manifest = Manifest.read(folder.manifest)
+    else:
+        source = calling_app() or Path(__file__).parent
+        manifest = Manifest.of(folder.name, config, git_revision=git_revision(source))
+    ids = (*manifest.flower_run_ids, run_id)
+    manifest.model_copy(update={"config": flatten(config), "flower_run_ids": ids}).write(folder.manifest)
+
+
+def _federation(
+    grid: Grid, folder: RunFolder, config: RunConfig, state: RunState | None, recorder: Recorder
+) -> Federation:
+    spool = folder.path / "spool"
+    shutil.rmtree(spool, ignore_errors=True)
+    exchange = Exchange(grid)
+    hello = Hello(run=folder.name, run_folder=str(folder.path), config=flatten(config))
+
+    def left_out(site: str, reason: str) -> None:
+        recorder.record({"event": "left_out", "site": site, "reason": reason})
+
+    return Federation(
+        config=config,
+        folder=folder,
+        recorder=recorder,
+        exchange=exchange,
+        roster=Roster(
+            exchange,
+            hello,
+            left_out,
+            fixed_sites=_is_simulation(grid),
+            agreement=state.agreement if state else None,
+        ),
+        strategy=build_strategy(config),
+        transport=InlineServerTransport(spool),
+    )
+
+
+def _is_simulation(grid: Grid) -> bool:
+    """Tell whether Flower simulates the sites; flwr 1.41 has no public way to ask."""
+    return type(grid).__name__ == "InMemoryGrid"

@@ -1,0 +1,43 @@
+"""The optional central evaluation: the one place where the server loads a base model, and torch with it.
+
+Off by default (`evaluation.central_source`), so that a server needs neither a GPU nor the base.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedllm.config import RunConfig
+from server_app.checkpoint import RunState
+
+
+def central_score(config: RunConfig, home: Path, state: RunState) -> dict[str, float] | None:
+    """Return loss, accuracy and number of target tokens on the central set, None if there is none.
+
+    Args:
+        config: The effective run config.
+        home: Where relative paths of sources start.
+        state: The state to evaluate.
+
+    Raises:
+        DataError: The set cannot be read.
+        ModelError: The base cannot be found.
+    """
+    source = config.evaluation.central_source
+    if not source:
+        return None
+    # Imported here so that a server without central evaluation never loads torch.
+    from fedllm.data.encode import encode
+    from fedllm.model.build import attach_adapter, cached_base, write_adapter
+    from fedllm.model.cache import default_cache_dir
+    from fedllm.model.evaluate import evaluate_loss
+
+    from fedllm.data.sources import load_examples
+
+    base = cached_base(config.model, home=home, cache_dir=default_cache_dir(), device="auto")
+    model = attach_adapter(base, config.adapter)
+    write_adapter(model, state.layout, state.params)
+    examples = load_examples(source, config.data.format, home)
+    sequences, _ = encode(examples, base.tokenizer, config.data.max_length)
+    totals = evaluate_loss(model, sequences, config.train.batch_size * 4)
+    return {"loss": totals.loss, "accuracy": totals.accuracy, "num_tokens": totals.num_targets}

@@ -1,0 +1,179 @@
+"""Checkpoints: everything needed to go on from a round, written so that a crash leaves the old one or the new one.
+
+A checkpoint is a folder ``round-00003`` with ``params.safetensors``, one ``optimizer-<moment>.safetensors`` for each of the
+optimizer's moments, and ``state.json`` with the counters and the SHA-256 of every other file. It is filled under another
+name, brought to the disk, and renamed. All draws are derived from seed and round (:mod:`fedllm.rng`), so no generator's
+state needs to be kept.
+
+Evolution: ``state.json`` has a ``version``; a release reads the versions it knows and says so otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedllm.agreement import Agreement
+from fedllm.errors import CheckpointError, LayoutError, explain
+from fedllm.files import sync_folder
+from fedllm.update import Arrays, Layout, check_arrays
+from strategies.slots import OptimizerState
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+_STATE, _PARAMS, _PREFIX = "state.json", "params.safetensors", "optimizer-"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What survives a restart of the server.
+
+    Attributes:
+        round: Rounds done.
+        params: The global adapter after that round.
+        optimizer: The server optimizer's memory.
+        layout: The adapter's layout.
+        target_modules: Names of the adapted modules, for PEFT's config.
+        agreement: What every site holds.
+    """
+
+    round: int
+    params: Arrays
+    optimizer: OptimizerState
+    layout: Layout
+    target_modules: tuple[str, ...]
+    agreement: Agreement
+
+
+def save_checkpoint(folder: Path, state: RunState, keep: int) -> Path:
+    """Write a checkpoint and remove older ones beyond `keep`.
+
+    Args:
+        folder: The run's folder of checkpoints.
+        state: What to keep.
+        keep: Checkpoints to leave, at least 1.
+
+    Raises:
+        CheckpointError: The disk refuses.
+    """
+    final, partial = folder / _name(state.round), folder / f".{_name(state.round)}.partial"
+    try:
+        _remove(partial)
+        partial.mkdir(parents=True)
+        _write(partial, state)
+        _remove(final)
+        partial.rename(final)
+        sync_folder(folder)
+    except OSError as error:
+        fix = "Free space or fix permissions, then resume the run."
+        raise CheckpointError(explain("a checkpoint cannot be written", found=error, where=final, fix=fix)) from error
+    for old in _folders(folder)[:-keep]:
+        _remove(old)
+    return final
+
+
+def _write(folder: Path, state: RunState) -> None:
+    save_file(state.params, folder / _PARAMS)
+    for moment, arrays in state.optimizer.moments.items():
+        save_file(arrays, folder / f"{_PREFIX}{moment}.safetensors")
+    digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    document = {
+        "version": VERSION,
+        "round": state.round,
+        "optimizer_step": state.optimizer.step,
+        "layout": state.layout.to_json(),
+        "target_modules": list(state.target_modules),
+        "agreement": state.agreement.model_dump(),
+        "files": digests,
+    }
+    (folder / _STATE).write_text(json.dumps(document, indent=1))
+    for path in folder.iterdir():
+        _sync_file(path)
+    sync_folder(folder)
+
+
+def load_latest(folder: Path) -> RunState | None:
+    """Read the newest checkpoint that is whole, None if there is none.
+
+    A damaged checkpoint is named in the log and passed over for the one before it.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none can be read.
+    """
+    candidates = _folders(folder)
+    for candidate in reversed(candidates):
+        try:
+            return _read(candidate)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            log.warning("checkpoint %s cannot be read (%s); trying the one before it", candidate, error)
+    if candidates:
+        raise CheckpointError(explain("no checkpoint of the run can be read", where=folder, fix="Start a new run."))
+    return None
+
+
+def _read(folder: Path) -> RunState:
+    document = json.loads((folder / _STATE).read_text())
+    if document["version"] != VERSION:
+        raise ValueError(f"checkpoint version {document['version']}, this release reads {VERSION}")
+    for name, digest in document["files"].items():
+        if _digest(folder / name) != digest:
+            raise ValueError(f"{name} does not match its checksum")
+    layout = Layout.from_json(document["layout"])
+    moments = {
+        name.removeprefix(_PREFIX).removesuffix(".safetensors"): _load(folder / name, layout)
+        for name in document["files"]
+        if name.startswith(_PREFIX)
+    }
+    return RunState(
+        round=document["round"],
+        params=_load(folder / _PARAMS, layout),
+        optimizer=OptimizerState(document["optimizer_step"], moments),
+        layout=layout,
+        target_modules=tuple(document["target_modules"]),
+        agreement=Agreement.model_validate(document["agreement"]),
+    )
+
+
+def _load(path: Path, layout: Layout) -> Arrays:
+    """Read arrays in the layout's order: sums over them must not depend on how a file sorts its names."""
+    arrays = load_file(path)
+    try:
+        check_arrays(arrays, layout, str(path))
+    except LayoutError as error:
+        raise ValueError(str(error)) from error
+    return {name: arrays[name] for name in layout.names}
+
+
+def _name(round_: int) -> str:
+    return f"round-{round_:05d}"
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-[0-9][0-9][0-9][0-9][0-9]")) if folder.is_dir() else []
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,135 @@
+"""Messages to sites and their replies, one at a time: the only file here that talks to Flower's grid.
+
+Flower's own ``send_and_receive`` polls every three seconds, collects all replies in a list, and checks its timeout only
+between pulls. Here each message id is pulled by itself and each reply is handed on as it comes, so that one stalled reply
+cannot hold the others' memory, and a late one is seen, named and dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message as FlowerMessage
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+
+from fedllm.errors import TransportError
+from fedllm.messages import AnyMessage, Failure, Instruction
+from fedllm.records import from_records, to_records
+from fedllm.wire.transport import Envelope
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.25
+"""Seconds between looks for replies."""
+
+_TYPES = {"hello": "query", "train": "train", "evaluate": "evaluate", "local-only": "train.local_only"}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one site answered.
+
+    Attributes:
+        node: Flower's id of the site's node.
+        message: The answer; a :class:`Failure` where the site, or Flower on its behalf, reported an error.
+        envelope: What the transport added.
+    """
+
+    node: int
+    message: AnyMessage
+    envelope: Envelope
+
+
+class Exchange:
+    """Sends instructions and yields replies.
+
+    Args:
+        grid: Flower's grid.
+        poll_s: Seconds between looks for replies.
+    """
+
+    def __init__(self, grid: Grid, poll_s: float = POLL_S) -> None:
+        self._grid = grid
+        self._poll_s = poll_s
+        self._late: dict[str, int] = {}
+
+    def online(self) -> set[int]:
+        """Return the ids of the nodes that Flower sees now."""
+        return set(self._grid.get_node_ids())
+
+    def send(self, instructions: Mapping[int, tuple[Instruction, Envelope | None]], group: str) -> dict[str, int]:
+        """Send one instruction to each node; return the node's id by message id.
+
+        Args:
+            instructions: Instruction and transport's part, by node id.
+            group: Flower's group id, for its logs.
+        """
+        nodes = list(instructions)
+        messages = [
+            FlowerMessage(to_records(*instructions[node]), node, _TYPES[_kind(instructions[node][0])], group_id=group)
+            for node in nodes
+        ]
+        ids = list(self._grid.push_messages(messages))
+        if len(ids) != len(nodes):
+            log.warning("Flower took %d of %d messages; the other nodes are gone", len(ids), len(nodes))
+        by_id = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        return {id_: by_id[id_] for id_ in ids if id_ in by_id}
+
+    def replies(self, pending: dict[str, int], deadline: float) -> Iterator[Reply]:
+        """Yield replies as they come, until all came or the deadline passed; what is left counts as late.
+
+        Args:
+            pending: What :meth:`send` returned; answered messages are removed from it.
+            deadline: On the clock of :func:`time.monotonic`.
+        """
+        try:
+            while pending:
+                yield from self.pull(pending)
+                if not pending or time.monotonic() >= deadline:
+                    return
+                time.sleep(self._poll_s)
+        finally:
+            self._late.update(pending)
+
+    def pull(self, pending: dict[str, int]) -> Iterator[Reply]:
+        """Yield the replies that are there now and remove them from `pending`."""
+        for id_ in list(pending):
+            for message in self._grid.pull_messages([id_]):
+                yield _read(message, pending.pop(id_))
+
+    def late(self) -> Iterator[Reply]:
+        """Yield replies to messages whose time had passed, so that they can be named and dropped."""
+        yield from self.pull(self._late)
+
+    @property
+    def busy(self) -> set[int]:
+        """Nodes that still owe a reply from an earlier round."""
+        return set(self._late.values())
+
+
+def _kind(instruction: Instruction) -> str:
+    return str(getattr(instruction, "kind", ""))
+
+
+def _read(message: FlowerMessage, node: int) -> Reply:
+    """Turn Flower's reply into ours; what cannot be read becomes a :class:`Failure`."""
+    if message.has_error():
+        reason = f"Flower's error code {message.error.code}: {_first_line(message.error.reason)}"
+        return Reply(node, Failure(site="", error="FlowerError", reason=reason), Envelope({}, None))
+    try:
+        read, envelope = from_records(_content(message), f"the reply of node {node}")
+    except TransportError as error:
+        return Reply(node, Failure(site="", error="TransportError", reason=str(error)), Envelope({}, None))
+    return Reply(node, read, envelope)
+
+
+def _content(message: FlowerMessage) -> RecordDict:
+    return message.content
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "no reason given").strip().splitlines()[0][:500]

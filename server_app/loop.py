@@ -1,0 +1,190 @@
+"""The course of a run: gather, start or resume, rounds, comparison, results.
+
+Everything that must survive a crash is in the run's folder: a checkpoint after every round, the events in
+``metrics.jsonl``, the best adapter. Killed anywhere, a run resumed from its folder gives the same adapter bits as one that
+was not, because every draw is derived from seed and round and updates are folded in a fixed order.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fedllm.model.export import save_peft_adapter
+from fedllm.model.initial import initial_arrays
+
+from fedllm.errors import FedLLMError, QuorumError, explain
+from fedllm.manifest import Manifest, SiteCounts
+from fedllm.messages import Introduction
+from fedllm.update import Arrays, Layout
+from server_app.checkpoint import RunState, save_checkpoint
+from server_app.evaluation import Scores, ask_prompt, evaluate, local_only
+from server_app.federation import Federation
+from server_app.report import build_report
+from server_app.training import train_round
+from strategies.slots import OptimizerState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Loop:
+    """Drives a federation through its rounds.
+
+    Attributes:
+        federation: What the phases share.
+        state: Where the federation stands; None before the first round of a new run.
+    """
+
+    federation: Federation
+    state: RunState | None
+
+    def run(self) -> None:
+        """Go from where the federation stands to the end.
+
+        Raises:
+            QuorumError: Too few sites joined, or a round had no quorum again and again. Everything is saved.
+        """
+        config = self.federation.config
+        with self._ending():
+            self.federation.roster.gather(config.rounds.min_sites, config.rounds.join_timeout_s)
+            state = self.state or self._first_state()
+            self._note_sites(state.layout)
+            state = self._catch_up(state)
+            while state.round < config.num_rounds:
+                state = self._round(state)
+            self._finish(state)
+
+    def _first_state(self) -> RunState:
+        """Make the first global adapter from the layout alone; the server needs no base for it."""
+        roster, introduction = self.federation.roster, self._introduction()
+        layout = Layout.from_json(introduction.layout)
+        assert roster.agreement is not None, "gather() has settled it"
+        return RunState(
+            round=0,
+            params=initial_arrays(layout, self.federation.config.seed),
+            optimizer=OptimizerState(),
+            layout=layout,
+            target_modules=tuple(introduction.target_modules),
+            agreement=roster.agreement,
+        )
+
+    def _introduction(self) -> Introduction:
+        return next(iter(self.federation.roster.members.values())).introduction
+
+    def _catch_up(self, state: RunState) -> RunState:
+        """Do what is missing for the round that the state stands after: its checkpoint, its evaluation."""
+        if state.round == 0:
+            self._save(state)
+        if not self._was_evaluated(state.round):
+            self._evaluate(state)
+        return state
+
+    def _was_evaluated(self, round_: int) -> bool:
+        events = self.federation.recorder.events
+        return any(event["event"] == "evaluation" and event["round"] == round_ for event in events)
+
+    def _round(self, state: RunState) -> RunState:
+        """Run one round, repeating it where there is no quorum."""
+        config = self.federation.config
+        round_ = state.round + 1
+        for attempt in range(1, config.rounds.max_attempts + 1):
+            moved = train_round(self.federation, state, round_, attempt)
+            if moved is not None:
+                self._save(moved)
+                if round_ % config.evaluation.every == 0 or round_ == config.num_rounds:
+                    self._evaluate(moved)
+                return moved
+            log.warning("round %d, attempt %d: no quorum", round_, attempt)
+        fix = f'Bring the sites back, then go on with resume="{self.federation.folder.name}".'
+        expected = f"{config.rounds.min_sites} usable replies (rounds.min_sites)"
+        raise QuorumError(
+            explain(f"round {round_} had no quorum {config.rounds.max_attempts} times", expected=expected, fix=fix)
+        )
+
+    def _save(self, state: RunState) -> None:
+        self.federation.recorder.sync()
+        save_checkpoint(self.federation.folder.checkpoints, state, self.federation.config.keep_checkpoints)
+
+    def _evaluate(self, state: RunState) -> None:
+        scores = evaluate(self.federation, state)
+        if scores is not None and state.round > 0 and self._is_best(scores, state.round):
+            self._export(state, self.federation.folder.best.name)
+
+    def _is_best(self, scores: Scores, round_: int) -> bool:
+        events = self.federation.recorder.events
+        losses = [event["loss"] for event in events if event["event"] == "evaluation" and 0 < event["round"] < round_]
+        return not losses or scores.loss < min(losses)
+
+    def _finish(self, state: RunState) -> None:
+        config, recorder = self.federation.config, self.federation.recorder
+        self._export(state, self.federation.folder.adapter.name)
+        done = {event["event"] for event in recorder.events}
+        if config.evaluation.local_only and "local_only" not in done:
+            local_only(self.federation, state, self._initial(state))
+        if "answer" not in done:
+            ask_prompt(self.federation, state)
+
+    def _initial(self, state: RunState) -> Arrays:
+        return initial_arrays(state.layout, self.federation.config.seed)
+
+    def _export(self, state: RunState, name: str) -> None:
+        save_peft_adapter(
+            self.federation.folder.path / name,
+            state.layout,
+            state.params,
+            self.federation.config.spec,
+            list(state.target_modules),
+            self.federation.config.model.source,
+        )
+
+    def _note_sites(self, layout: Layout) -> None:
+        """Write what the sites stated into the manifest: counts, never content."""
+        folder = self.federation.folder
+        manifest, roster = Manifest.read(folder.manifest), self.federation.roster
+        assert roster.agreement is not None, "gather() has settled it"
+        manifest.model_copy(
+            update={
+                "base_fingerprint": roster.agreement.base,
+                "num_parameters": layout.num_parameters,
+                "sites": {name: _counts(member.introduction) for name, member in sorted(roster.members.items())},
+            }
+        ).write(folder.manifest)
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Record how the run ends, and write the report, whatever happens."""
+        recorder, folder = self.federation.recorder, self.federation.folder
+        status, reason = "stopped", "the server was stopped"
+        try:
+            yield
+            status, reason = "finished", ""
+        except FedLLMError as error:
+            status, reason = "failed", str(error)
+            raise
+        except Exception as error:
+            status, reason = "failed", f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            recorder.record({"event": "end", "status": status, "reason": reason, "best_round": self._best_round()})
+            recorder.close()
+            shutil.rmtree(self.federation.spool, ignore_errors=True)
+            build_report(folder)
+
+    def _best_round(self) -> int | None:
+        events = self.federation.recorder.events
+        rows = [(e["loss"], e["round"]) for e in events if e["event"] == "evaluation" and e["round"] > 0]
+        return min(rows)[1] if rows else None
+
+
+def _counts(introduction: Introduction) -> SiteCounts:
+    data = introduction.data
+    return SiteCounts(
+        train_examples=data.num_train_examples,
+        train_tokens=data.num_train_targets,
+        holdout_examples=data.num_holdout_examples,
+        holdout_tokens=data.num_holdout_targets,
+    )

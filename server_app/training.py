@@ -1,0 +1,272 @@
+"""One round of training: choose, broadcast, collect, aggregate.
+
+A reply is taken only when it is whole: its report is checked, its payload verified tensor by tensor, and only then folded.
+A bad one (an error, a wrong shape, NaN, another round, too late) is named, counted and dropped, and changes no bit of the
+aggregate.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fedllm.codecs.payload import PayloadReader, open_payload
+from fedllm.errors import FedLLMError, TransportError, UpdateError, explain
+from fedllm.messages import Failure, TrainInstruction, TrainReport
+from fedllm.update import Contribution
+from server_app.checkpoint import RunState
+from server_app.exchange import Reply
+from server_app.federation import Broadcast, Federation, Stopwatch
+from server_app.roster import Member
+from strategies.slots import Aggregation
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A usable reply."""
+
+    site: str
+    report: TrainReport
+    payload: Path
+    num_bytes: int
+
+
+@dataclass
+class Harvest:
+    """What came back in one attempt at a round.
+
+    Attributes:
+        accepted: Usable replies by site.
+        rejected: Reasons by site.
+    """
+
+    accepted: dict[str, Accepted] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def reject(self, site: str, reason: str) -> None:
+        """Drop a reply, with the reason."""
+        log.warning("rejected the update of %s: %s", site, reason)
+        self.rejected[site] = reason
+
+
+def train_round(federation: Federation, state: RunState, round_: int, attempt: int) -> RunState | None:
+    """Run one attempt at a round.
+
+    Args:
+        federation: What the phases share.
+        state: The state after the round before.
+        round_: The round, from 1.
+        attempt: The attempt, from 1.
+
+    Returns:
+        The state after the round, or None if there was no quorum; the attempt is recorded either way.
+    """
+    watch = Stopwatch()
+    with watch.phase("select"):
+        chosen = _select(federation, round_, attempt)
+    with watch.phase("broadcast"):
+        federation.transport.open_round(round_)
+        broadcast = federation.broadcast(state, state.params, f"state-{round_ - 1:05d}")
+        pending = _send(federation, state, broadcast, chosen, round_, attempt)
+    try:
+        with watch.phase("train"):
+            harvest = _collect(federation, state, broadcast, chosen, pending, round_)
+        quorum = len(harvest.accepted) >= federation.config.rounds.min_sites
+        moved, measured = None, {}
+        if quorum:
+            with watch.phase("aggregate"):
+                moved, measured = _aggregate(federation, state, harvest.accepted)
+    finally:
+        federation.transport.close_round(round_)
+    bytes_down = broadcast.num_bytes * len(chosen)
+    federation.recorder.record(_event(harvest, round_, attempt, chosen, watch, measured, bytes_down, quorum))
+    return moved
+
+
+def _select(federation: Federation, round_: int, attempt: int) -> dict[str, Member]:
+    federation.roster.admit()
+    available = federation.roster.available()
+    names = federation.strategy.sampler.select(list(available), round_, attempt) if available else ()
+    return {name: available[name] for name in names}
+
+
+def _send(
+    federation: Federation,
+    state: RunState,
+    broadcast: Broadcast,
+    chosen: Mapping[str, Member],
+    round_: int,
+    attempt: int,
+) -> dict[str, int]:
+    instruction = TrainInstruction.model_validate(
+        {
+            **federation.instruction,
+            "round": round_,
+            "attempt": attempt,
+            "state_id": broadcast.state_id,
+            "layout": state.layout.digest,
+            "base": state.agreement.base,
+            "first_step": (round_ - 1) * federation.config.train.local_steps,
+            "trainable": federation.strategy.work.trainable,
+        }
+    )
+    messages = {
+        member.node: (instruction, federation.offer(round_, name, broadcast.state_id, with_update=True))
+        for name, member in chosen.items()
+    }
+    return federation.exchange.send(messages, group=f"round-{round_}")
+
+
+def _collect(
+    federation: Federation,
+    state: RunState,
+    broadcast: Broadcast,
+    chosen: Mapping[str, Member],
+    pending: dict[str, int],
+    round_: int,
+) -> Harvest:
+    """Take replies as they come until enough are usable, all came, or the deadline passed."""
+    harvest = Harvest()
+    sites = {member.node: name for name, member in chosen.items()}
+    for late in federation.exchange.late():
+        harvest.reject(federation.roster.name_of(late.node), "it answered an earlier round after that had closed")
+    wanted = federation.strategy.sampler.num_wanted(len(federation.roster.available()) or len(chosen))
+    deadline = time.monotonic() + federation.config.rounds.deadline_s
+    for reply in federation.exchange.replies(pending, deadline):
+        _take(federation, state, broadcast, harvest, reply, sites[reply.node], round_)
+        if len(harvest.accepted) >= min(wanted, len(chosen)) < len(chosen):
+            break
+    for node in pending.values():
+        reason = "no reply before the round closed"
+        harvest.rejected.setdefault(sites[node], reason)
+    return harvest
+
+
+def _take(
+    federation: Federation,
+    state: RunState,
+    broadcast: Broadcast,
+    harvest: Harvest,
+    reply: Reply,
+    site: str,
+    round_: int,
+) -> None:
+    try:
+        report = _checked_report(reply, site, round_)
+        path = federation.transport.receive(round_=round_, site=site, reply=reply.envelope)
+        with _open(federation, state, path, round_, broadcast) as payload:
+            payload.verify()
+            harvest.accepted[site] = Accepted(site, report, path, payload.num_bytes)
+    except FedLLMError as error:
+        harvest.reject(site, f"{type(error).__name__}: {error}")
+
+
+def _checked_report(reply: Reply, site: str, round_: int) -> TrainReport:
+    """Return the report, if it is one, of this site and this round.
+
+    Raises:
+        TransportError: It is not.
+        UpdateError: The site could not train.
+    """
+    message = reply.message
+    if isinstance(message, Failure):
+        raise UpdateError(f"{message.error}: {message.reason}")
+    if not isinstance(message, TrainReport):
+        raise TransportError(explain("a site answered something else", expected="trained", found=message.kind))
+    if (message.site, message.round) != (site, round_):
+        raise TransportError(
+            explain(
+                "a site's report is not for this request",
+                expected=f"{site!r} round {round_}",
+                found=f"{message.site!r} round {message.round}",
+            )
+        )
+    return message
+
+
+def _open(federation: Federation, state: RunState, path: Path, round_: int, broadcast: Broadcast) -> PayloadReader:
+    return open_payload(
+        path,
+        layout=state.layout,
+        base=state.agreement.base,
+        max_bytes=federation.config.transport.max_update_bytes,
+        kind="update",
+        round_=round_,
+        reference_id=broadcast.state_id,
+    )
+
+
+def _aggregate(
+    federation: Federation, state: RunState, accepted: Mapping[str, Accepted]
+) -> tuple[RunState, Mapping[str, float]]:
+    """Fold the updates in the order of the sites' names and move the global state along the result."""
+    aggregation = federation.strategy.aggregator.start(state.layout)
+    for site in sorted(accepted):
+        _fold(federation, state, aggregation, accepted[site])
+    delta, measured = aggregation.finish()
+    params, optimizer = federation.strategy.optimizer.apply(state.optimizer, state.params, delta)
+    return replace(state, round=state.round + 1, params=params, optimizer=optimizer), measured
+
+
+def _fold(federation: Federation, state: RunState, aggregation: Aggregation, reply: Accepted) -> None:
+    weight = _weight(federation.config.strategy.weighting, reply.report)
+    with open_payload(reply.payload, layout=state.layout, base=state.agreement.base) as payload:
+        aggregation.fold(payload, Contribution(reply.site, weight, {"loss": reply.report.loss}))
+    reply.payload.unlink()
+
+
+def _weight(weighting: str, report: TrainReport) -> float:
+    return float({"examples": report.num_examples, "tokens": report.num_tokens, "uniform": 1}[weighting])
+
+
+def _event(
+    harvest: Harvest,
+    round_: int,
+    attempt: int,
+    chosen: Iterable[str],
+    watch: Stopwatch,
+    measured: Mapping[str, float],
+    bytes_down: int,
+    quorum: bool,
+) -> dict[str, object]:
+    reports = {site: reply.report for site, reply in sorted(harvest.accepted.items())}
+    return {
+        "event": "round" if quorum else "attempt",
+        "round": round_,
+        "attempt": attempt,
+        "participants": sorted(harvest.accepted),
+        "asked": sorted(chosen),
+        "rejected": [{"site": site, "reason": reason} for site, reason in sorted(harvest.rejected.items())],
+        "train_loss": _mean_loss(reports.values()),
+        "sites": {site: _site_numbers(report) for site, report in reports.items()},
+        "update_norm": measured.get("delta_norm"),
+        "measurements": dict(measured),
+        "bytes_up": sum(reply.num_bytes for reply in harvest.accepted.values()),
+        "bytes_down": bytes_down,
+        "phases": watch.phases,
+        "seconds": watch.seconds,
+    }
+
+
+def _mean_loss(reports: Iterable[TrainReport]) -> float | None:
+    rows = [(report.loss, report.num_tokens) for report in reports]
+    total = sum(tokens for _, tokens in rows)
+    return math.fsum(loss * tokens for loss, tokens in rows) / total if total else None
+
+
+def _site_numbers(report: TrainReport) -> dict[str, object]:
+    return {
+        "loss": report.loss,
+        "weight": report.num_examples,
+        "num_tokens": report.num_tokens,
+        "num_steps": report.num_steps,
+        "grad_norm": report.grad_norm,
+        "seconds": report.seconds,
+        "phases": report.phases,
+    }

@@ -1,0 +1,42 @@
+"""Strategies by name.
+
+To add one: write `strategies/<name>.py` with a function `RunConfig -> Strategy` that chooses the four slots, and
+`register("<name>", function)` it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedllm.config import RunConfig
+from fedllm.errors import ConfigError, explain
+from strategies.fedavg import fedavg
+from strategies.slots import Strategy
+
+Recipe = Callable[[RunConfig], Strategy]
+
+RECIPES: dict[str, Recipe] = {"fedavg": fedavg}
+
+
+def register(name: str, recipe: Recipe) -> None:
+    """Add a recipe.
+
+    Raises:
+        ConfigError: The name is taken.
+    """
+    if name in RECIPES:
+        raise ConfigError(explain(f"a strategy named {name!r} is registered already", fix="Choose another name."))
+    RECIPES[name] = recipe
+
+
+def build_strategy(config: RunConfig) -> Strategy:
+    """Build the strategy that a run config names.
+
+    Raises:
+        ConfigError: No strategy has that name.
+    """
+    name = config.strategy.name
+    if name not in RECIPES:
+        known = ", ".join(sorted(RECIPES))
+        raise ConfigError(explain("unknown strategy", expected=f"one of {known}", found=name, where="strategy.name"))
+    return RECIPES[name](config)

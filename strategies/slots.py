@@ -1,0 +1,117 @@
+"""The four slots of a strategy, and what passes between them.
+
+A federated algorithm is four independent choices (the decomposition of TensorFlow Federated and FedJAX):
+
+- **sampler**: which sites are asked in a round;
+- **client work**: what a site optimises and which tensors it trains;
+- **aggregator**: how the updates of a round become one delta;
+- **server optimizer**: how the global adapter moves along that delta.
+
+Each slot is a value without hidden state: what must survive a restart goes in and comes out as a plain mapping.
+Sign convention: ``delta = trained - received``, so the server moves *along* the delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm.update import Arrays, Contribution, Layout
+
+Measurements = Mapping[str, float]
+"""Small named numbers that a slot reports for people to look at."""
+
+
+class TensorSource(Protocol):
+    """An update that can be read tensor by tensor, from memory or from a spooled file."""
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """Return one tensor of the delta in the layout's shape."""
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """A :class:`TensorSource` over arrays in memory."""
+
+    arrays: Mapping[str, NDArray[np.float32]]
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """Return one tensor."""
+        return self.arrays[name]
+
+
+class Sampler(Protocol):
+    """Which sites are asked to train in a round."""
+
+    def select(self, sites: Sequence[str], round_: int, attempt: int) -> tuple[str, ...]:
+        """Choose among the joined sites' names; equal arguments give an equal choice."""
+
+    def num_wanted(self, num_sites: int) -> int:
+        """Return how many usable replies close a round early, of so many joined sites."""
+
+
+@dataclass(frozen=True)
+class ClientWork:
+    """What a site does in a round; travels to the site as it is.
+
+    Attributes:
+        trainable: Roles of the tensors that are trained and sent, empty for all.
+    """
+
+    trainable: tuple[str, ...] = ()
+
+
+class Aggregation(Protocol):
+    """One round's running aggregate."""
+
+    def fold(self, update: TensorSource, contribution: Contribution) -> None:
+        """Take one usable update in. Memory does not grow with the number of updates."""
+
+    def finish(self) -> tuple[Arrays, Measurements]:
+        """Return the aggregated delta and what was measured.
+
+        Raises:
+            AssertionError: Nothing was folded.
+        """
+
+
+class Aggregator(Protocol):
+    """How updates become one delta."""
+
+    def start(self, layout: Layout) -> Aggregation:
+        """Begin the aggregate of a round."""
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What a server optimizer remembers between rounds.
+
+    Attributes:
+        step: Rounds applied so far.
+        moments: Arrays in the layout's shapes by moment name (``"m"``, ``"v"``).
+    """
+
+    step: int = 0
+    moments: Mapping[str, Arrays] = field(default_factory=dict)
+
+
+class ServerOptimizer(Protocol):
+    """How the global adapter moves along the aggregated delta."""
+
+    def apply(self, state: OptimizerState, params: Arrays, delta: Arrays) -> tuple[Arrays, OptimizerState]:
+        """Return the moved adapter and the next state; the arguments are left as they are."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One choice for each slot, under the algorithm's name."""
+
+    name: str
+    sampler: Sampler
+    work: ClientWork
+    aggregator: Aggregator
+    optimizer: ServerOptimizer

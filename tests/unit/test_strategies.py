@@ -1,0 +1,105 @@
+"""Samplers, the running mean, and the registry."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedllm import rng
+from fedllm.config import RunConfig, read_run_config
+from fedllm.errors import ConfigError
+from fedllm.update import Arrays, Contribution, Layout, TensorSpec
+from strategies.aggregators import WeightedMean
+from strategies.registry import RECIPES, build_strategy, register
+from strategies.samplers import UniformSampler
+from strategies.slots import ArraySource
+
+LAYOUT = Layout((TensorSpec("a", (3, 4), role="lora_A"), TensorSpec("b", (5, 3), role="lora_B")))
+
+
+def random_arrays(seed: int, scale: float = 1.0) -> Arrays:
+    draw = rng.generator(seed, purpose="test")
+    return {spec.name: (scale * draw.standard_normal(spec.shape)).astype(np.float32) for spec in LAYOUT.tensors}
+
+
+def mean_of(updates: list[tuple[Arrays, float]]) -> Arrays:
+    aggregation = WeightedMean().start(LAYOUT)
+    for number, (arrays, weight) in enumerate(updates):
+        aggregation.fold(ArraySource(arrays), Contribution(f"site-{number}", weight, {}))
+    return aggregation.finish()[0]
+
+
+def test_the_mean_of_identical_updates_is_that_update() -> None:
+    update = random_arrays(1)
+    for name, value in mean_of([(update, 3.0), (update, 0.1), (update, 7.0)]).items():
+        np.testing.assert_array_equal(value, update[name])
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.floats(0.01, 1e6)), min_size=1, max_size=8), st.randoms())
+def test_the_mean_is_the_weighted_mean_and_order_does_not_matter(rows: list[tuple[int, float]], random: object) -> None:
+    updates = [(random_arrays(seed), weight) for seed, weight in rows]
+    total = sum(weight for _, weight in rows)
+    mean = mean_of(updates)
+    for name in LAYOUT.names:
+        oracle = sum(weight / total * arrays[name].astype(np.float64) for arrays, weight in updates)
+        np.testing.assert_allclose(mean[name], oracle, rtol=1e-6, atol=1e-7)
+    shuffled = list(updates)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    for name, value in mean_of(shuffled).items():
+        np.testing.assert_allclose(value, mean[name], rtol=1e-6, atol=1e-9)
+
+
+def test_the_mean_measures_the_norms_of_the_updates() -> None:
+    update = random_arrays(1)
+    aggregation = WeightedMean().start(LAYOUT)
+    aggregation.fold(ArraySource(update), Contribution("x", 2.0, {}))
+    _, measured = aggregation.finish()
+    norm = np.sqrt(sum(float(np.sum(value.astype(np.float64) ** 2)) for value in update.values()))
+    assert measured["delta_norm"] == pytest.approx(norm)
+    assert measured["mean_update_norm"] == pytest.approx(norm)
+
+
+def test_an_empty_mean_is_a_programming_error() -> None:
+    with pytest.raises(AssertionError):
+        WeightedMean().start(LAYOUT).finish()
+
+
+@given(
+    st.integers(1, 30), st.floats(0.01, 1.0), st.integers(1, 5), st.floats(1.0, 3.0), st.integers(1, 100), st.booleans()
+)
+def test_a_uniform_sample_has_the_asked_size_and_only_joined_sites(
+    num_sites: int, fraction: float, min_sites: int, over_selection: float, round_: int, reverse: bool
+) -> None:
+    sampler = UniformSampler(7, fraction, min_sites, over_selection)
+    sites = [f"s{index}" for index in range(num_sites)]
+    chosen = sampler.select(sites, round_, 1)
+    assert set(chosen) <= set(sites)
+    assert len(set(chosen)) == len(chosen)
+    assert min(num_sites, min_sites) <= sampler.num_wanted(num_sites) <= len(chosen) <= num_sites
+    assert sampler.select(sites[::-1] if reverse else sites, round_, 1) == chosen
+
+
+def test_a_uniform_sampler_reaches_every_site_and_varies_by_round_and_attempt() -> None:
+    sampler = UniformSampler(0, 0.3, 1, 1.0)
+    sites = [f"s{index}" for index in range(10)]
+    samples = [sampler.select(sites, round_, 1) for round_ in range(60)]
+    counts = {site: sum(site in sample for sample in samples) for site in sites}
+    assert min(counts.values()) >= 8, counts
+    assert any(sampler.select(sites, round_, 2) != samples[round_] for round_ in range(10))
+
+
+def test_every_registered_recipe_builds_a_strategy() -> None:
+    for name in RECIPES:
+        assert build_strategy(read_run_config({"strategy.name": name})).name == name
+
+
+def test_an_unknown_strategy_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"fedavg.*found fedavgg"):
+        build_strategy(read_run_config({"strategy.name": "fedavgg"}))
+
+
+def test_registering_a_taken_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fedavg"):
+        register("fedavg", lambda config: build_strategy(RunConfig()))
