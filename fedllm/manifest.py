@@ -15,14 +15,16 @@ from fedllm.provenance import versions
 
 
 class SiteCounts(BaseModel):
-    """How much data a site has; counts only."""
+    """How much data a site has: counts only, never content."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     train_examples: int = 0
     train_tokens: int = 0
+    """Tokens that count in the loss, of all training examples."""
     holdout_examples: int = 0
     holdout_tokens: int = 0
+    """Tokens that count in the loss, of all held-out examples."""
 
 
 class Manifest(BaseModel):

@@ -1,0 +1,184 @@
+"""What is written down about a run: one event a line of ``metrics.jsonl``.
+
+Losses are means over predicted tokens in nats, accuracies shares of predicted tokens in 0 to 1, times seconds. A loss
+that is not finite is written as the string ``"NaN"`` or ``"Infinity"``, since JSON has no number for it.
+
+Evolution: later releases add kinds and keys; those that exist keep their meaning. Readers ignore what they do not know.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from fedllm.runs import Event, read_metrics
+
+logger = logging.getLogger(__name__)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True, ser_json_inf_nan="strings")
+
+
+class _Event(_Part):
+    event: str
+    time: float = Field(default_factory=time.time)
+    """Seconds since 1970 at which the event was made."""
+
+
+class Measured(_Part):
+    """One evaluation on held-out text."""
+
+    loss: float
+    accuracy: float = math.nan
+    num_tokens: int = 0
+    num_examples: int = 0
+
+
+class Evaluation(_Event):
+    """The global adapter on held-out text after a round; round 0 is the base."""
+
+    event: Literal["evaluation"] = "evaluation"
+    round: int
+    sites: dict[str, Measured]
+    loss: float
+    """Mean over all sites' tokens."""
+    accuracy: float = math.nan
+    worst_loss: float = math.nan
+    worst_site: str = ""
+    central: Measured | None = None
+    """The server's own held-out text, if it has any."""
+    bytes_down: int = 0
+    """Payload bytes from the server to all sites."""
+    seconds: float = 0.0
+
+
+class Rejection(_Part):
+    """A site whose reply could not be used in a round."""
+
+    site: str
+    reason: str
+
+
+class SiteRound(_Part):
+    """One site's work in one round."""
+
+    loss: float = math.nan
+    weight: float = 0.0
+    num_tokens: int = 0
+    num_steps: int = 0
+    seconds: float = 0.0
+
+
+class Round(_Event):
+    """A round, or as ``attempt`` one that had no quorum and changed nothing."""
+
+    event: Literal["round", "attempt"] = "round"
+    round: int
+    attempt: int = 1
+    participants: tuple[str, ...] = ()
+    """Sites whose updates were used."""
+    rejected: tuple[Rejection, ...] = ()
+    train_loss: float | None = None
+    """Mean over the participants."""
+    sites: dict[str, SiteRound] = {}
+    update_norm: float | None = None
+    """Euclidean norm of the aggregated delta."""
+    bytes_up: int = 0
+    """Payload bytes from all sites to the server."""
+    bytes_down: int = 0
+    """Payload bytes from the server to all sites."""
+    phases: dict[str, float] = {}
+    """Seconds of each phase, in the order in which they ran."""
+    seconds: float = 0.0
+
+
+class LeftOut(_Event):
+    """A site that joined but cannot take part in this run."""
+
+    event: Literal["left_out"] = "left_out"
+    site: str
+    reason: str
+
+
+class LocalResult(Measured):
+    """A site that trained alone, on its own held-out text."""
+
+    loss_all_sites: float | None = None
+    """The same adapter on all sites' held-out text."""
+
+
+class LocalOnly(_Event):
+    """Every site trained alone for as many steps as in the federation."""
+
+    event: Literal["local_only"] = "local_only"
+    sites: dict[str, LocalResult]
+    loss: float
+    """Mean over all sites' tokens, each site with its own adapter."""
+    seconds: float = 0.0
+
+
+class Answer(_Event):
+    """One prompt answered with the base and with the final global adapter."""
+
+    event: Literal["answer"] = "answer"
+    prompt: str
+    site: str
+    base: str
+    federated: str
+
+
+class End(_Event):
+    """The run's last event."""
+
+    event: Literal["end"] = "end"
+    status: Literal["finished", "failed", "stopped"]
+    reason: str = ""
+    best_round: int | None = None
+    seconds: float = 0.0
+
+
+AnyEvent = Evaluation | Round | LeftOut | LocalOnly | Answer | End
+KINDS: dict[str, type[AnyEvent]] = {
+    "evaluation": Evaluation,
+    "round": Round,
+    "attempt": Round,
+    "left_out": LeftOut,
+    "local_only": LocalOnly,
+    "answer": Answer,
+    "end": End,
+}
+_ADAPTER: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="event")])
+
+
+def parse_event(raw: Mapping[str, object]) -> AnyEvent:
+    """Check one event; keys that are not known here are kept.
+
+    Raises:
+        pydantic.ValidationError: Its kind is unknown, or a known key is missing or malformed.
+    """
+    return _ADAPTER.validate_python(raw)
+
+
+def read_events(path: Path) -> list[AnyEvent]:
+    """Return a run's events of the kinds known here, in order; a malformed one is left out with a warning.
+
+    Raises:
+        CheckpointError: A line before the last is not an event at all.
+    """
+    parsed = (_parse(raw, path) for raw in read_metrics(path) if raw["event"] in KINDS)
+    return [event for event in parsed if event is not None]
+
+
+def _parse(raw: Event, path: Path) -> AnyEvent | None:
+    try:
+        return parse_event(raw)
+    except ValidationError as error:
+        logger.warning("left out a malformed %r event of %s: %s", raw["event"], path, error.errors()[0]["msg"])
+        return None
