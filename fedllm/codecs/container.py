@@ -25,6 +25,7 @@ import xxhash
 
 from fedllm.codecs.stage import Buffer
 from fedllm.errors import (
+    ConfigError,
     CorruptPayloadError,
     OversizedPayloadError,
     PayloadVersionError,
@@ -60,6 +61,9 @@ class PayloadHeader:
         reference: Id of the state that the values are a difference to; empty if they are absolute.
         seed: The run's seed where decoding needs it (`randk`), else 0.
         site_index: The site's number in the round-robin of `segment`, else 0.
+
+    Raises:
+        ConfigError: A value is of another type or outside its range.
     """
 
     kind: PayloadKind
@@ -74,7 +78,7 @@ class PayloadHeader:
     def __post_init__(self) -> None:
         reason = _reason_against(self)
         if reason:
-            raise CorruptPayloadError(explain("a payload header holds an impossible value", found=reason))
+            raise ConfigError(explain("a payload header holds an impossible value", found=reason))
 
     def to_json(self) -> bytes:
         """Return the canonical JSON text."""
@@ -198,7 +202,10 @@ def _read_header(text: bytes, num_tensors: int) -> PayloadHeader:
     if not isinstance(values, dict) or sorted(values) != expected:
         found = sorted(values)[:20] if isinstance(values, dict) else type(values).__name__
         raise CorruptPayloadError(explain("a payload header has other fields", expected=expected, found=found))
-    header = PayloadHeader(**cast(dict[str, Any], values))
+    try:
+        header = PayloadHeader(**cast(dict[str, Any], values))
+    except ConfigError as error:
+        raise CorruptPayloadError(str(error)) from error
     if _padded(header.to_json(), num_tensors) != text:
         raise CorruptPayloadError(explain("a payload header is not written canonically", found=text[:100]))
     return header

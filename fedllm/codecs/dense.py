@@ -1,39 +1,38 @@
-"""Plain number formats: ``fp32`` and ``bf16``."""
+"""Number formats that keep every coordinate: ``fp32``, ``bf16``, ``fp16``."""
 
 # ruff: noqa: D102 (the methods are described in fedllm.codecs.stage)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedllm.codecs.stage import Accumulator, Buffer, Kind, Values, no_params, register
-from fedllm.errors import NonFiniteError, explain
+from fedllm.codecs.jit import kernel
+from fedllm.codecs.params import no_params
+from fedllm.codecs.stage import Accumulator, Buffer, Kind, Values
+from fedllm.errors import CorruptPayloadError, NonFiniteError, explain
+
+MAX_EXPONENT = 113
+"""Largest per-tensor exponent: it brings a finite float32 into [2^14, 2^15)."""
+
+MIN_EXPONENT = -200
 
 
-@register
 @dataclass(frozen=True)
 class Fp32:
     """IEEE binary32, little endian: the bits as they are."""
 
-    name: ClassVar[str] = "fp32"
-    version: ClassVar[int] = 1
-    kind: ClassVar[Kind] = Kind.VALUES
-    is_linear: ClassVar[bool] = True
-    is_lossless: ClassVar[bool] = True
-
-    @classmethod
-    def from_params(cls, params: Sequence[str]) -> Fp32:
-        no_params(cls.name, params)
-        return cls()
-
-    @property
-    def params(self) -> tuple[str, ...]:
-        return ()
+    name = "fp32"
+    version = 1
+    kind = Kind.VALUES
+    params = ()
+    is_linear = True
+    is_lossless = True
 
     def num_bytes(self, length: int) -> int:
         return 4 * length
@@ -42,17 +41,15 @@ class Fp32:
         return values.astype("<f4", copy=False).tobytes()
 
     def check(self, buffer: Buffer, length: int) -> None:  # noqa: ARG002
-        _refuse_non_finite(np.isfinite(np.frombuffer(buffer, "<f4")).all(), self.name)
+        refuse_non_finite(aligned(buffer, "<f4"), self.name)
 
     def decode(self, buffer: Buffer, length: int) -> Values:
         return np.frombuffer(buffer, "<f4", count=length).astype(np.float32)
 
     def add(self, buffer: Buffer, accumulator: Accumulator, weight: float) -> None:
-        values = np.frombuffer(buffer, "<f4", count=len(accumulator))
-        accumulator += np.multiply(values, weight, dtype=accumulator.dtype)
+        add_values(aligned(buffer, "<f4"), accumulator, weight)
 
 
-@register
 @dataclass(frozen=True)
 class Bf16:
     """The upper 16 bits of binary32 after rounding to nearest, ties to even; as uint16, little endian.
@@ -60,20 +57,12 @@ class Bf16:
     A finite value beyond the largest finite bfloat16 (3.39e38) becomes that value, never infinity.
     """
 
-    name: ClassVar[str] = "bf16"
-    version: ClassVar[int] = 1
-    kind: ClassVar[Kind] = Kind.VALUES
-    is_linear: ClassVar[bool] = False
-    is_lossless: ClassVar[bool] = False
-
-    @classmethod
-    def from_params(cls, params: Sequence[str]) -> Bf16:
-        no_params(cls.name, params)
-        return cls()
-
-    @property
-    def params(self) -> tuple[str, ...]:
-        return ()
+    name = "bf16"
+    version = 1
+    kind = Kind.VALUES
+    params = ()
+    is_linear = False
+    is_lossless = False
 
     def num_bytes(self, length: int) -> int:
         return 2 * length
@@ -82,24 +71,78 @@ class Bf16:
         return to_bf16_bits(values).astype("<u2", copy=False).tobytes()
 
     def check(self, buffer: Buffer, length: int) -> None:  # noqa: ARG002
-        exponents = np.frombuffer(buffer, "<u2") & np.uint16(0x7F80)
-        _refuse_non_finite(not (exponents == 0x7F80).any(), self.name)
+        exponents = aligned(buffer, "<u2") & np.uint16(0x7F80)
+        if exponents.size and exponents.max() == 0x7F80:
+            raise NonFiniteError(explain("an encoded tensor holds NaN or infinity", where="stage bf16"))
 
     def decode(self, buffer: Buffer, length: int) -> Values:
         return from_bf16_bits(np.frombuffer(buffer, "<u2", count=length))
 
     def add(self, buffer: Buffer, accumulator: Accumulator, weight: float) -> None:
-        values = self.decode(buffer, len(accumulator))
-        accumulator += np.multiply(values, weight, dtype=accumulator.dtype)
+        _add_bf16(aligned(buffer, "<u2"), accumulator, accumulator.dtype.type(weight))
+
+
+@dataclass(frozen=True)
+class Fp16:
+    """IEEE binary16 times 2^E with one exponent E for the tensor: int16 E, then the halves, little endian.
+
+    E brings the largest magnitude into [2^14, 2^15), so nothing overflows. Values down to 2^-28 of the largest keep a
+    relative error of at most 2^-11, smaller ones an absolute error of at most 2^-39 of the largest.
+    """
+
+    name = "fp16"
+    version = 1
+    kind = Kind.VALUES
+    params = ()
+    is_linear = False
+    is_lossless = False
+
+    def num_bytes(self, length: int) -> int:
+        return 2 + 2 * length
+
+    def encode(self, values: Values, seed: int) -> bytes:  # noqa: ARG002
+        exponent = tensor_exponent(float(np.abs(values).max(initial=0.0)))
+        halves = times_power(values, -exponent).astype("<f2")
+        if exponent == MAX_EXPONENT:  # 2^15 times 2^113 would be infinite
+            np.clip(halves, -32752, 32752, out=halves)
+        return np.array(exponent, "<i2").tobytes() + halves.tobytes()
+
+    def check(self, buffer: Buffer, length: int) -> None:
+        read_exponent(buffer)
+        refuse_non_finite(self.decode(buffer, length), self.name)
+
+    def decode(self, buffer: Buffer, length: int) -> Values:
+        halves = np.frombuffer(buffer, "<f2", count=length, offset=2)
+        return times_power(halves.astype(np.float32), read_exponent(buffer))
+
+    def add(self, buffer: Buffer, accumulator: Accumulator, weight: float) -> None:
+        add_values(self.decode(buffer, len(accumulator)), accumulator, weight)
+
+
+def make_fp32(params: Sequence[str]) -> Fp32:
+    """Build the stage ``fp32``."""
+    no_params(Fp32.name, params)
+    return Fp32()
+
+
+def make_bf16(params: Sequence[str]) -> Bf16:
+    """Build the stage ``bf16``."""
+    no_params(Bf16.name, params)
+    return Bf16()
+
+
+def make_fp16(params: Sequence[str]) -> Fp16:
+    """Build the stage ``fp16``."""
+    no_params(Fp16.name, params)
+    return Fp16()
 
 
 def to_bf16_bits(values: Values) -> NDArray[np.uint16]:
     """Round finite float32 to bfloat16 bits: nearest, ties to even, saturating."""
+    rounded = np.empty(values.shape, np.uint16)
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    overflowed = (rounded & np.uint32(0x7FFF)) == 0x7F80
-    bits16: NDArray[np.uint16] = (rounded - overflowed).astype(np.uint16)
-    return bits16
+    _round_to_bf16(read_only(bits.reshape(-1)), rounded.reshape(-1))
+    return rounded
 
 
 def from_bf16_bits(bits: NDArray[np.uint16]) -> Values:
@@ -107,6 +150,89 @@ def from_bf16_bits(bits: NDArray[np.uint16]) -> Values:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _refuse_non_finite(finite: bool | np.bool_, name: str) -> None:
-    if not finite:
+def add_values(values: Values, accumulator: Accumulator, weight: float) -> None:
+    """Add ``weight`` times float32 [n] to an accumulator [n] in the accumulator's precision."""
+    _add(read_only(values), accumulator, accumulator.dtype.type(weight))
+
+
+def aligned(buffer: Buffer, dtype: str) -> NDArray[Any]:
+    """View a buffer as numbers; one that starts at an odd address is copied, because kernels want aligned arrays."""
+    numbers: NDArray[Any] = np.frombuffer(buffer, dtype)
+    return numbers if numbers.flags.aligned else read_only(numbers.copy())
+
+
+ArrayT = TypeVar("ArrayT", bound=NDArray[Any])
+
+
+def read_only(array: ArrayT) -> ArrayT:
+    """Return a view that cannot be written, so that numba compiles a kernel for one kind of input only."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def refuse_non_finite(values: NDArray[np.generic], name: str) -> None:
+    """Refuse NaN and infinity, with :class:`NonFiniteError`."""
+    if not np.isfinite(values).all():
         raise NonFiniteError(explain("an encoded tensor holds NaN or infinity", where=f"stage {name}"))
+
+
+def tensor_exponent(peak: float) -> int:
+    """Return E with ``peak / 2^E`` in [2^14, 2^15), 0 for a peak of zero."""
+    return math.frexp(peak)[1] - 15 if peak else 0
+
+
+def read_exponent(buffer: Buffer) -> int:
+    """Read the int16 exponent in front of a tensor.
+
+    Raises:
+        CorruptPayloadError: It is outside the range of float32.
+    """
+    exponent = int.from_bytes(buffer[:2], "little", signed=True)
+    if not MIN_EXPONENT <= exponent <= MAX_EXPONENT:
+        raise CorruptPayloadError(
+            explain("a tensor's exponent is impossible", expected=f"{MIN_EXPONENT} to {MAX_EXPONENT}", found=exponent)
+        )
+    return exponent
+
+
+def times_power(values: Values, exponent: int) -> Values:
+    """Return float32 ``values * 2^exponent``, rounded once."""
+    scaled = np.empty_like(values)
+    _scale(read_only(values), 2.0**exponent, scaled)
+    return scaled
+
+
+@kernel
+def _round_to_bf16(bits: NDArray[np.uint32], rounded: NDArray[np.uint16]) -> None:
+    for i in range(bits.size):
+        word = bits[i]
+        upper = np.uint32((word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+        if (upper & np.uint32(0x7FFF)) == np.uint32(0x7F80):
+            upper = np.uint32(upper - np.uint32(1))
+        rounded[i] = np.uint16(upper)
+
+
+@kernel
+def _add_bf16(bits: NDArray[np.generic], accumulator: Accumulator, weight: np.floating) -> None:
+    words = np.empty(4096, np.uint32)
+    values = words.view(np.float32)
+    for start in range(0, accumulator.size, 4096):
+        part = accumulator[start : start + 4096]
+        source = bits[start : start + 4096]
+        for i in range(part.size):
+            words[i] = np.uint32(source[i]) << np.uint32(16)
+        for i in range(part.size):
+            part[i] += weight * values[i]
+
+
+@kernel
+def _add(values: Values, accumulator: Accumulator, weight: np.floating) -> None:
+    for i in range(accumulator.size):
+        accumulator[i] += weight * values[i]
+
+
+@kernel
+def _scale(values: Values, factor: float, scaled: Values) -> None:
+    for i in range(values.size):
+        scaled[i] = np.float32(np.float64(values[i]) * factor)

@@ -25,9 +25,9 @@ from fedllm.codecs.container import Head, PayloadHeader, PayloadKind, checksum
 from fedllm.codecs.pipeline import Pipeline, parse
 from fedllm.codecs.reader import PayloadReader, open_payload
 from fedllm.codecs.stage import Kind, Values
-from fedllm.codecs.tensor import TensorCodec
+from fedllm.codecs.tensor import TensorCodec, bind
 from fedllm.errors import ConfigError, explain
-from fedllm.update import Arrays, Layout, check_arrays
+from fedllm.update import Arrays, Layout, TensorSpec, check_array, check_arrays
 
 __all__ = ["PayloadHeader", "PayloadInfo", "PayloadReader", "encode_payload", "open_payload"]
 
@@ -90,10 +90,9 @@ def encode_payload(
     Raises:
         ConfigError: The pipeline does not cover the layout, or its reference is missing.
         LayoutError: Arrays or reference do not fit the layout.
-        NonFiniteError: They hold NaN or infinity.
+        NonFiniteError: They hold NaN or infinity, or their difference overflows.
     """
     pipeline = parse(pipeline) if isinstance(pipeline, str) else pipeline
-    pipeline.check(layout)
     check_arrays(arrays, layout, "the arrays to encode")
     _check_reference(pipeline, layout, reference_id, reference, is_difference)
     header = PayloadHeader(
@@ -103,29 +102,65 @@ def encode_payload(
         base=base,
         pipeline=pipeline.wire_text,
         reference=reference_id,
-        site_index=site_index,
+        seed=seed if pipeline.carries_seed else 0,
+        site_index=site_index if pipeline.has(Kind.SEGMENT) else 0,
     )
-    decoded: Arrays | None = {} if want_decoded else None
-    rows = []
+    encoder = _Encoder(pipeline, layout, header, seed, site)
+    subtracted = reference if pipeline.has(Kind.DIFFERENCE) and not is_difference else None
     with _seekable(sink) as file:
         start = file.tell()
-        file.write(bytes(len(Head(header, ((0, 0),) * len(layout.tensors)).to_bytes())))
-        for spec in layout.tensors:
-            values = np.ascontiguousarray(arrays[spec.name]).reshape(-1)
-            if reference is not None and not is_difference and pipeline.has(Kind.DIFFERENCE):
-                values = values - reference[spec.name].reshape(-1)
-            codec = TensorCodec(pipeline.branch(spec.role), spec, header)
-            segment = codec.encode(values, seed, site)
-            file.write(segment)
-            rows.append((len(segment), checksum(segment)))
-            if decoded is not None:
-                decoded[spec.name] = codec.decode(codec.open(segment)).reshape(spec.shape)
+        file.write(bytes(encoder.head_bytes))
+        for name, codec in encoder.codecs.items():
+            values = _flat(arrays[name] if subtracted is None else _difference(arrays, subtracted, layout[name]))
+            file.write(
+                encoder.encode(codec, values, None if reference is None else _flat(reference[name]), want_decoded)
+            )
         end = file.tell()
-        head = Head(header, tuple(rows))
+        head = encoder.head
         file.seek(start)
         file.write(head.to_bytes())
         file.seek(end)
-    return PayloadInfo(header, end - start, head.digest, decoded)
+    return PayloadInfo(header, end - start, head.digest, encoder.decoded if want_decoded else None)
+
+
+class _Encoder:
+    """The segments of one payload, in order, and the table that they leave."""
+
+    def __init__(self, pipeline: Pipeline, layout: Layout, header: PayloadHeader, seed: int, site: str) -> None:
+        self.codecs = bind(pipeline, layout, header.round, header.seed, header.site_index)
+        self.decoded: Arrays = {}
+        self._layout, self._header, self._seed, self._site = layout, header, seed, site
+        self._rows: list[tuple[int, int]] = []
+
+    @property
+    def head_bytes(self) -> int:
+        """Size of the head, whatever the segments will be."""
+        return len(Head(self._header, ((0, 0),) * len(self.codecs)).to_bytes())
+
+    @property
+    def head(self) -> Head:
+        """The head of the segments encoded so far."""
+        return Head(self._header, tuple(self._rows))
+
+    def encode(self, codec: TensorCodec, values: Values, reference: Values | None, want_decoded: bool) -> bytes:
+        """Return the next tensor's segment, and keep what a reader will make of it."""
+        segment = codec.encode(values, reference, self._seed, self._site)
+        self._rows.append((len(segment), checksum(segment)))
+        if want_decoded:
+            shape = self._layout[codec.view.name].shape
+            self.decoded[codec.view.name] = codec.decode(codec.open(segment, reference)).reshape(shape)
+        return segment
+
+
+def _difference(arrays: Mapping[str, Values], reference: Mapping[str, Values], spec: TensorSpec) -> Values:
+    with np.errstate(over="ignore"):
+        difference = np.asarray(arrays[spec.name] - reference[spec.name])
+    check_array(difference, spec, "the difference to the reference")
+    return difference
+
+
+def _flat(array: Values) -> Values:
+    return np.ascontiguousarray(array).reshape(-1)
 
 
 def _check_reference(
@@ -135,12 +170,18 @@ def _check_reference(
     reference: Mapping[str, Values] | None,
     is_difference: bool,
 ) -> None:
-    differs = is_difference or pipeline.has(Kind.DIFFERENCE)
-    if differs != bool(reference_id):
-        problem = "a difference needs the id of its reference" if differs else "absolute values have no reference"
-        raise ConfigError(explain(problem, found=f"reference_id={reference_id!r}", where=f"pipeline {pipeline}"))
-    if pipeline.has(Kind.DIFFERENCE) and not is_difference and reference is None:
-        raise ConfigError(explain("the pipeline needs the reference's arrays", where=f"pipeline {pipeline}"))
+    is_difference_on_wire = is_difference or pipeline.has(Kind.DIFFERENCE)
+    subtracts = pipeline.has(Kind.DIFFERENCE) and not is_difference
+    where = f"pipeline {pipeline}"
+    if is_difference_on_wire and not reference_id:
+        raise ConfigError(explain("a difference needs the id of its reference", where=where))
+    if reference_id and not is_difference_on_wire:
+        raise ConfigError(explain("absolute values have no reference", found=f"id {reference_id!r}", where=where))
+    if pipeline.is_partial and not is_difference_on_wire:
+        fix = "Put delta in front."
+        raise ConfigError(explain("segment and mask leave out coordinates of a state", where=where, fix=fix))
+    if (subtracts or pipeline.decoding_needs_reference) and reference is None:
+        raise ConfigError(explain("the pipeline needs the reference's arrays", where=where))
     if reference is not None:
         check_arrays(reference, layout, "the reference")
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import cast
 
-from fedllm.codecs import dense as _dense  # noqa: F401  (fills the registry)
-from fedllm.codecs.stage import STAGES, Kind, Stage, ValuesStage, latest_version
+from fedllm.codecs.registry import STAGES, known_names, latest_version
+from fedllm.codecs.stage import BytesStage, IndexStage, Kind, Selector, Stage, ValuesStage
 from fedllm.errors import ConfigError, explain
 from fedllm.update import Layout
 
@@ -28,6 +28,7 @@ MAX_TEXT = 4096
 _ROLE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 _STAGE = re.compile(r"([a-z][a-z0-9]*)(?:@([1-9][0-9]{0,3}))?((?::[A-Za-z0-9.+-]+)*)")
 _ORDER = list(Kind)
+_SELECTING = (Kind.SEGMENT, Kind.MASK, Kind.SPARSE)
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,25 @@ class Branch:
         return tuple(stage for stage in self.stages if stage.kind is kind)
 
     @property
+    def selectors(self) -> tuple[Selector, ...]:
+        """The stages that pick coordinates, in order."""
+        return cast(tuple[Selector, ...], tuple(stage for stage in self.stages if stage.kind in _SELECTING))
+
+    @property
     def values(self) -> ValuesStage:
         """The one stage that turns numbers into bytes."""
         return cast(ValuesStage, self.of_kind(Kind.VALUES)[0])
+
+    @property
+    def index(self) -> IndexStage | None:
+        """The coder of positions that travel."""
+        found = self.of_kind(Kind.INDEX)
+        return cast(IndexStage, found[0]) if found else None
+
+    @property
+    def compressors(self) -> tuple[BytesStage, ...]:
+        """The stages from bytes to bytes, in order."""
+        return cast(tuple[BytesStage, ...], self.of_kind(Kind.BYTES))
 
     def text(self, write: Callable[[Stage], str]) -> str:
         """Return the branch's text, each stage written by ``write``."""
@@ -112,8 +129,23 @@ class Pipeline:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether encoding needs the arrays of a reference state."""
-        return self.has(Kind.DIFFERENCE)
+        """Whether encoding needs the arrays of a reference state (``delta`` only if it has not been subtracted yet)."""
+        return self.has(Kind.DIFFERENCE) or self.has(Kind.MASK)
+
+    @property
+    def decoding_needs_reference(self) -> bool:
+        """Whether the receiver needs the reference's arrays to tell which coordinates the values belong to."""
+        return self.has(Kind.MASK)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a payload says nothing about some coordinates, which an average has to know."""
+        return self.has(Kind.SEGMENT) or self.has(Kind.MASK)
+
+    @property
+    def carries_seed(self) -> bool:
+        """Whether the receiver needs the run's seed to tell which coordinates the values belong to."""
+        return any(stage.name == "randk" for _, branch in self.branches for stage in branch.stages)
 
     @property
     def is_linear(self) -> bool:
@@ -155,17 +187,13 @@ def _parse_stage(text: str) -> Stage:
     name, version, params = match[1], match[2], match[3].split(":")[1:]
     newest = latest_version(name)
     if not newest:
-        raise ConfigError(explain(f"unknown codec stage {name!r}", expected=f"one of {_known()}"))
+        raise ConfigError(explain(f"unknown codec stage {name!r}", expected=f"one of {', '.join(known_names())}"))
     number = int(version) if version else newest
     if (name, number) not in STAGES:
         raise ConfigError(
             explain(f"codec stage {name!r} has no such version here", expected=f"at most {newest}", found=number)
         )
-    return STAGES[name, number].from_params(params)
-
-
-def _known() -> str:
-    return ", ".join(sorted({name for name, _ in STAGES}))
+    return STAGES[name, number](params)
 
 
 def _versioned(stage: Stage) -> str:
@@ -178,22 +206,31 @@ def _short(stage: Stage) -> str:
 
 def _check_order(stages: tuple[Stage, ...]) -> None:
     text = "|".join(_short(stage) for stage in stages)
-    _refuse_repeated((stage.name for stage in stages), text)
     for first, second in itertools.pairwise(stages):
         if _ORDER.index(first.kind) > _ORDER.index(second.kind):
             reason = f"{second.name!r} ({second.kind.value}) cannot follow {first.name!r} ({first.kind.value})"
             raise ConfigError(explain(f"impossible pipeline: {reason}", where=text))
-    num_values = sum(stage.kind is Kind.VALUES for stage in stages)
-    if num_values != 1:
-        raise ConfigError(
-            explain("a pipeline needs exactly one stage from array to bytes", found=num_values, where=text)
-        )
+    for kind in Kind:
+        names = [stage.name for stage in stages if stage.kind is kind]
+        if len(names) > len(set(names)) or (len(names) > 1 and kind is not Kind.BYTES):
+            raise ConfigError(
+                explain(
+                    "a pipeline holds two stages of one kind", expected=f"one ({kind.value})", found=names, where=text
+                )
+            )
+    _check_partners({stage.kind for stage in stages}, any(_positions_travel(stage) for stage in stages), text)
 
 
-ItemT = TypeVar("ItemT")
+def _check_partners(kinds: set[Kind], positions_travel: bool, text: str) -> None:
+    if Kind.VALUES not in kinds:
+        fix = "Add a number format such as fp32, bf16 or nf4."
+        raise ConfigError(explain("a pipeline has no stage from array to bytes", where=text, fix=fix))
+    if positions_travel and Kind.INDEX not in kinds:
+        fix = "Add rice behind the number format."
+        raise ConfigError(explain("the positions of topk travel and need an index coder", where=text, fix=fix))
+    if Kind.INDEX in kinds and not positions_travel:
+        raise ConfigError(explain("an index coder has no positions to code", expected="topk before it", where=text))
 
 
-def _refuse_repeated(names: Iterable[str], text: str) -> None:
-    names = list(names)
-    if len(set(names)) != len(names):
-        raise ConfigError(explain("a pipeline holds a stage twice", where=text))
+def _positions_travel(stage: Stage) -> bool:
+    return stage.kind in _SELECTING and cast(Selector, stage).positions_travel

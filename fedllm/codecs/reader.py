@@ -7,14 +7,18 @@ checksum, structure and finiteness before its first use. Nothing larger than the
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedllm.codecs.container import Head, PayloadHeader, PayloadKind, checksum, read_head
 from fedllm.codecs.pipeline import Pipeline, parse
-from fedllm.codecs.stage import Accumulator, Buffer, Values
-from fedllm.codecs.tensor import TensorCodec
+from fedllm.codecs.stage import Accumulator, Values
+from fedllm.codecs.tensor import Opened, TensorCodec, bind
 from fedllm.errors import (
     AgreementError,
     ConfigError,
@@ -26,7 +30,7 @@ from fedllm.errors import (
     TruncatedPayloadError,
     explain,
 )
-from fedllm.update import Layout
+from fedllm.update import Layout, check_array
 
 
 def open_payload(
@@ -39,6 +43,7 @@ def open_payload(
     round_: int | None = None,
     pipeline: Pipeline | None = None,
     reference_id: str | None = None,
+    reference: Mapping[str, Values] | None = None,
 ) -> PayloadReader:
     """Open a payload and check its head; the caller closes the reader.
 
@@ -51,6 +56,7 @@ def open_payload(
         round_: If given, the only round to accept.
         pipeline: If given, the only pipeline to accept.
         reference_id: If given, the only reference to accept; empty for absolute values.
+        reference: That state's arrays, for pipelines with ``decoding_needs_reference`` and for :meth:`restore`.
 
     Raises:
         TruncatedPayloadError: Fewer bytes than announced.
@@ -59,8 +65,9 @@ def open_payload(
         PayloadVersionError: Written by another format version, or with a stage unknown here.
         LayoutError: Written for another layout.
         AgreementError: Another base, kind, round, pipeline or reference.
+        ConfigError: The pipeline needs a reference to decode, and none is given.
     """
-    reader = PayloadReader(source, layout, max_bytes)
+    reader = PayloadReader(source, layout, max_bytes, reference)
     header = reader.header
     wanted = {
         "base": (base, header.base),
@@ -90,8 +97,15 @@ class PayloadReader:
         where: What error messages call it.
     """
 
-    def __init__(self, source: Path | bytes | memoryview, layout: Layout, max_bytes: int | None) -> None:
+    def __init__(
+        self,
+        source: Path | bytes | memoryview,
+        layout: Layout,
+        max_bytes: int | None,
+        reference: Mapping[str, Values] | None,
+    ) -> None:
         self._layout = layout
+        self._reference = reference
         self._checked: set[str] = set()
         self.where = f"payload {source}" if isinstance(source, Path) else "payload"
         mapped = _mapped(source, max_bytes) if isinstance(source, Path) else source
@@ -110,14 +124,12 @@ class PayloadReader:
         self.header: PayloadHeader = head.header
         self.digest = head.digest
         _check_layout(head, self._layout, self.where)
-        pipeline = _read_pipeline(self.header, self._layout)
-        self._codecs = {
-            spec.name: TensorCodec(pipeline.branch(spec.role), spec, self.header) for spec in self._layout.tensors
-        }
+        self._pipeline = _read_pipeline(self.header, self._layout)
+        self._codecs = bind(self._pipeline, self._layout, self.header.round, self.header.seed, self.header.site_index)
         self._segments: dict[str, tuple[int, int, int]] = {}
-        for spec, (length, expected) in zip(self._layout.tensors, head.rows, strict=True):
-            self._check_length(spec.name, length)
-            self._segments[spec.name] = (at, at + length, expected)
+        for name, (length, expected) in zip(self._layout.names, head.rows, strict=True):
+            self._check_length(name, length)
+            self._segments[name] = (at, at + length, expected)
             at += length
         if at != self.num_bytes:
             error = TruncatedPayloadError if at > self.num_bytes else OversizedPayloadError
@@ -125,6 +137,10 @@ class PayloadReader:
                 explain(
                     "a payload has another size than it announces", expected=at, found=self.num_bytes, where=self.where
                 )
+            )
+        if self._pipeline.decoding_needs_reference and self._reference is None:
+            raise ConfigError(
+                explain("decoding needs the reference's arrays", where=f"pipeline {self.header.pipeline}")
             )
 
     def _check_length(self, name: str, length: int) -> None:
@@ -144,33 +160,73 @@ class PayloadReader:
         """Tensor names in the layout's order."""
         return self._layout.names
 
+    @property
+    def is_difference(self) -> bool:
+        """Whether the values are a difference to the state that the header names."""
+        return bool(self.header.reference)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the payload says nothing about some coordinates (see :meth:`coverage`)."""
+        return self._pipeline.is_partial
+
     def read(self, name: str) -> Values:
         """Return one tensor as it travelled, a new float32 array in the layout's shape.
 
-        Where the header names a reference, these values are the difference to it.
+        Where the header names a reference, these values are the difference to it, zero where nothing travelled.
 
         Raises:
             LayoutError: The layout has no such tensor.
             CorruptPayloadError: The segment's checksum or structure is wrong.
+            OversizedPayloadError: A compressed part is larger than the tensor can need.
             NonFiniteError: It holds NaN or infinity.
         """
         return self._codec(name).decode(self._open_segment(name)).reshape(self._layout[name].shape)
 
-    def add_to(self, name: str, accumulator: Accumulator, weight: float) -> None:
+    def restore(self, name: str) -> Values:
+        """Return one tensor's absolute values: what :meth:`read` gives, plus the reference if it is a difference.
+
+        Raises:
+            ConfigError: It is a difference and the payload was opened without the reference's arrays.
+            LayoutError, PayloadError, NonFiniteError: As for :meth:`read`; also if the sum overflows.
+        """
+        values = self.read(name)
+        if not self.is_difference:
+            return values
+        if self._reference is None:
+            raise ConfigError(explain("absolute values need the reference's arrays", where=self.where))
+        with np.errstate(over="ignore"):
+            values += self._flat_reference(name).reshape(values.shape)
+        check_array(values, self._layout[name], f"{self.where} added to its reference")
+        return values
+
+    def add_to(self, name: str, accumulator: Accumulator, weight: float, weights: Accumulator | None = None) -> None:
         """Add ``weight`` times one tensor to an accumulator, which is left untouched if the tensor is refused.
+
+        With a partial pipeline, sum the weights beside the values and divide by them where they are not zero: that
+        averages every coordinate over the sites that sent it.
 
         Args:
             name: The tensor.
             accumulator: float32 or float64 in the layout's shape, C-contiguous, changed in place.
             weight: A finite factor.
+            weights: If given, ``weight`` is added to it at the covered coordinates; same shape.
 
         Raises:
-            LayoutError, CorruptPayloadError, NonFiniteError: As for :meth:`read`.
+            LayoutError, PayloadError, NonFiniteError: As for :meth:`read`.
         """
         codec = self._codec(name)
-        assert accumulator.shape == codec.spec.shape, f"accumulator {accumulator.shape} for {codec.spec}"
+        spec = self._layout[name]
+        assert accumulator.shape == spec.shape, f"accumulator {accumulator.shape} for {spec}"
         assert accumulator.flags.c_contiguous, "the accumulator must be C-contiguous"
         codec.add(self._open_segment(name), accumulator.reshape(-1), weight)
+        if weights is not None:
+            weights[self.coverage(name)] += weight
+
+    def coverage(self, name: str) -> NDArray[np.bool_]:
+        """Return bool in the layout's shape: True where the payload says something about a coordinate."""
+        spec = self._layout[name]
+        return self._codec(name).coverage(self._flat_reference_or_none(name)).reshape(spec.shape)
 
     def verify(self) -> None:
         """Check every tensor's checksum, structure and finiteness, keeping none.
@@ -200,7 +256,15 @@ class PayloadReader:
             raise LayoutError(explain(f"the layout has no tensor {name!r}", where=self.where))
         return self._codecs[name]
 
-    def _open_segment(self, name: str) -> Buffer:
+    def _flat_reference_or_none(self, name: str) -> Values | None:
+        return None if self._reference is None else self._flat_reference(name)
+
+    def _flat_reference(self, name: str) -> Values:
+        assert self._reference is not None
+        check_array(self._reference[name], self._layout[name], "the reference")
+        return np.ascontiguousarray(self._reference[name]).reshape(-1)
+
+    def _open_segment(self, name: str) -> Opened:
         codec = self._codec(name)
         start, stop, expected = self._segments[name]
         segment = self._bytes[start:stop]
@@ -212,7 +276,7 @@ class PayloadReader:
                     explain("a segment is damaged", expected=f"{expected:016x}", found=f"{found:016x}", where=where)
                 )
         try:
-            opened = codec.open(segment)
+            opened = codec.open(segment, self._flat_reference_or_none(name))
         except (CorruptPayloadError, NonFiniteError, OversizedPayloadError, TruncatedPayloadError) as error:
             raise type(error)(f"{error} In {where}.") from error
         self._checked.add(name)
