@@ -1,0 +1,87 @@
+"""A trained adapter as a folder that PEFT loads: `adapter_config.json` and `adapter_model.safetensors`.
+
+The folder is what users take away, and PEFT reads it without fedllm: ``PeftModel.from_pretrained(base, folder)``. Each of
+its two files is replaced whole, the config first, so a reader never meets weights without their scale.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedllm.errors import ModelError, explain
+from fedllm.files import atomic_write
+from fedllm.model.spec import LoraSpec, ModelSpec
+from fedllm.update import Arrays, Layout, check_arrays
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def save_peft_adapter(
+    folder: Path,
+    layout: Layout,
+    arrays: Arrays,
+    spec: ModelSpec,
+    target_modules: list[str],
+    base_name_or_path: str,
+) -> None:
+    """Write an adapter for PEFT.
+
+    Args:
+        folder: Where; made if missing.
+        layout: The adapter's tensors, under PEFT's names.
+        arrays: Their values, checked before anything is written.
+        spec: Rank, alpha, dropout and scale rule are taken from it.
+        target_modules: Names of the adapted modules.
+        base_name_or_path: What the config says about the base, for people; PEFT does not check it.
+
+    Raises:
+        LayoutError: The arrays do not fit the layout.
+        NonFiniteError: A value is NaN or infinite.
+    """
+    check_arrays(arrays, layout, f"the adapter for {folder}")
+    config = _peft_config(spec.adapter, target_modules, base_name_or_path)
+    # PEFT asks the metadata for the framework that wrote the file and refuses none; "pt" is what it writes itself.
+    weights = save({name: np.ascontiguousarray(arrays[name]) for name in layout.names}, metadata={"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    atomic_write(folder / WEIGHTS_FILE, weights)
+
+
+def load_peft_adapter(folder: Path) -> Arrays:
+    """Read an adapter's values as float32.
+
+    Raises:
+        ModelError: The weights are missing or not safetensors.
+    """
+    path = folder / WEIGHTS_FILE
+    try:
+        tensors = load(path.read_bytes())
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise ModelError(
+            explain("an adapter cannot be read", found=f"{type(error).__name__}: {error}", where=path)
+        ) from error
+    return {name: np.asarray(value, np.float32) for name, value in tensors.items()}
+
+
+def _peft_config(adapter: LoraSpec, target_modules: list[str], base: str) -> dict[str, object]:
+    """Return the settings that decide what the adapter computes; PEFT fills in its defaults for the rest."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "lora_alpha": int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.rslora,
+        "target_modules": sorted(target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
