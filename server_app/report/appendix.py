@@ -31,18 +31,10 @@ def settings(material: Material) -> Markup:
     config = material.manifest.config
     changed = [key for key, value in config.items() if key not in described or described[key][0] != value]
     rows = {key: _setting_row(key, config[key], *described.get(key, ("", ""))) for key in config}
-    own = _table(["setting", "value", "default", "meaning"], (rows[key] for key in changed))
-    return section(
-        "Settings",
-        "" if changed else "Every setting has its default.",
-        own if changed else "",
-        el(
-            "details",
-            el("summary", f"All {len(rows)} settings"),
-            _table(["setting", "value", "default", "meaning"], rows.values()),
-        ),
-        long=True,
-    )
+    head = ["setting", "value", "default", "meaning"]
+    everything = el("details", el("summary", f"All {len(rows)} settings"), _table(head, rows.values()))
+    own = _table(head, (rows[key] for key in changed)) if changed else ""
+    return section("Settings", "" if changed else "Every setting has its default.", own, everything, long=True)
 
 
 def _setting_row(key: str, value: object, default: object, meaning: str) -> Markup:
@@ -96,6 +88,5 @@ def _counts(manifest: Manifest) -> Markup:
 def glossary() -> Markup:
     """Return what the report's words mean."""
     rows = [el("tr", el("td", el("b", term)), el("td", meaning)) for term, meaning in _TERMS.items()]
-    return section(
-        "Words", "", el("details", el("summary", "What the terms of this report mean"), el("table", el("tbody", *rows)))
-    )
+    details = el("details", el("summary", "What the terms of this report mean"), el("table", el("tbody", *rows)))
+    return section("Words", "", details)

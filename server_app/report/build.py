@@ -15,8 +15,9 @@ from fedllm.manifest import Manifest
 from fedllm.runs import RunFolder
 from server_app.events import read_events
 from server_app.report.appendix import glossary, provenance, settings
-from server_app.report.comparison import answers, comparison, curves
+from server_app.report.comparison import answers, comparison
 from server_app.report.course import cost, participation
+from server_app.report.curves import curves
 from server_app.report.markup import Markup, el, join
 from server_app.report.material import Material
 from server_app.report.style import STYLE
@@ -63,12 +64,8 @@ def render(material: Material) -> str:
 
 def _footer(material: Material) -> Markup:
     release = material.manifest.versions.get("fedllm", "") if material.manifest else ""
-    return el(
-        "footer",
-        f"Made by fedllm {release} from this folder's manifest.json and metrics.jsonl. ",
-        el("code", "fedllm report"),
-        " makes it anew.",
-    )
+    made = f"Made by fedllm {release} from manifest.json and metrics.jsonl; "
+    return el("footer", made, el("code", "fedllm report"), " makes it anew.")
 
 
 def _manifest(folder: RunFolder) -> Manifest | None:

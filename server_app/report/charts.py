@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from server_app.report.markup import Markup, el, join, number
-from server_app.report.scales import Plane, Unit, round_ticks, spread, tick_labels, whole_ticks
+from server_app.report.scales import Plane, Unit, inner_ticks, round_ticks, spread, tick_labels, whole_ticks
 
 Point = tuple[int, float]
 Write = Callable[[float], str]
@@ -159,10 +159,10 @@ def _line_plane(
     values = [value for _, value in curve.points] + [level.value for level in levels]
     values += [edge for _, *edges in (band.points if band else ()) for edge in edges]
     finite = [value for value in values if math.isfinite(value)] or [0.0]
-    ticks = round_ticks(min(finite), max(finite), num_ticks)
+    ticks, low, high = inner_ticks(min(finite), max(finite), num_ticks)
     rounds = [round_ for round_, _ in curve.points]
     x_low, x_high = min(rounds, default=0), max(rounds, default=1)
-    return Plane(width, height, *margins, x_low, max(x_high, x_low + 1), ticks[0], ticks[-1]), ticks
+    return Plane(width, height, *margins, x_low, max(x_high, x_low + 1), low, high), ticks
 
 
 def _svg(plane: Plane, labels: Labels, *marks: str) -> Markup:

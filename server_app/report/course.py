@@ -15,6 +15,15 @@ from server_app.results import Results, natural
 
 _COLOURS = ("s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8")
 _OTHER = "other"
+_HEAD = {
+    "round": None,
+    "took part": "num",
+    "rejected, and why": None,
+    "training loss": "num",
+    "update norm": "num",
+    "up": "num",
+    "time": "num",
+}
 
 
 def cost(material: Material) -> Markup:
@@ -37,14 +46,14 @@ def _bytes_chart(results: Results) -> Markup:
             round_,
             [
                 [Segment("to the server", up, "s1")],
-                [Segment("to sites, for training", down, "s3"), Segment("to sites, for evaluation", heldout, "s4")],
+                [Segment("to sites, for training", down, "s3"), Segment("to sites, for evaluation", heldout, "s7")],
             ],
         )
         for round_, (up, down, heldout) in traffic.items()
     ]
-    words = f"{human_bytes(results.bytes_up)} from sites to the server and {human_bytes(results.bytes_down)} back, over {plural(len(traffic), 'round')}."
+    words = f"{human_bytes(results.bytes_up)} from sites to the server, {human_bytes(results.bytes_down)} to the sites."
     labels = Labels("bytes", "Bytes per round", words, f"payload in {unit.name}")
-    names = [("s1", "to the server"), ("s3", "to sites, for training"), ("s4", "to sites, for evaluation")]
+    names = [("s1", "to the server"), ("s3", "to sites, for training"), ("s7", "to sites, for evaluation")]
     used = [any(values[index] for values in traffic.values()) for index in range(3)]
     key = swatches(name for name, is_used in zip(names, used, strict=True) if is_used)
     return figure("Traffic", words, bar_chart(labels, bars, unit), key)
@@ -107,35 +116,31 @@ def participation(material: Material) -> Markup:
     results = material.results
     if not results.attempts and not results.left_out:
         return Markup()
-    names = ["round", "took part", "rejected, and why", "training loss", "update norm", "up", "time"]
-    numeric = {"took part", "training loss", "update norm", "up", "time"}
-    head = el("tr", *(el("th", name, class_="num" if name in numeric else None, scope="col") for name in names))
-    body = [_round_row(attempt) for attempt in results.attempts]
+    head = el("tr", *(el("th", name, class_=kind, scope="col") for name, kind in _HEAD.items()))
+    body = [_row(attempt) for attempt in results.attempts]
     table = el("div", el("table", el("thead", head), el("tbody", *body)), class_="scroll") if body else ""
-    rejected = sum(len(attempt.rejected) for attempt in results.attempts)
-    intro = f"{plural(rejected, 'reply').replace('replys', 'replies')} rejected in {plural(len(results.attempts), 'attempt')}."
+    num_rejected = sum(len(attempt.rejected) for attempt in results.attempts)
+    replies = "1 reply was" if num_rejected == 1 else f"{num_rejected or 'No'} replies were"
+    intro = f"{replies} rejected in {plural(len(results.attempts), 'attempt')}." if results.attempts else ""
     return section("Who took part", intro, *_left_out(results), table, long=True)
 
 
-def _round_row(attempt: Round) -> Markup:
+def _row(attempt: Round) -> Markup:
     rejected = {part.site for part in attempt.rejected}
-    used = [site for site in attempt.participants if site not in rejected]
-    label = f"{attempt.round}" + (
-        f", attempt {attempt.attempt}" if attempt.attempt > 1 or attempt.event == "attempt" else ""
-    )
-    failed = attempt.event == "attempt"
-    notes = [el("div", "No quorum: nothing changed.", class_="change bad")] if failed else []
+    used = sorted((site for site in attempt.participants if site not in rejected), key=natural)
+    in_vain = attempt.event == "attempt"
+    label = f"{attempt.round}, attempt {attempt.attempt}" if in_vain or attempt.attempt > 1 else str(attempt.round)
+    notes = [el("div", "No quorum: nothing changed.", class_="change bad")] if in_vain else []
     notes += [el("div", el("b", part.site), f": {part.reason}") for part in attempt.rejected]
-    tip = ", ".join(sorted(used, key=natural))
+    norm = NONE if in_vain or attempt.update_norm is None else f"{attempt.update_norm:.3g}"
+    learned = (NONE if in_vain else loss_text(attempt.train_loss), norm)
+    amounts = (*learned, human_bytes(attempt.bytes_up), human_seconds(attempt.seconds))
     return el(
         "tr",
-        el("td", label),
-        el("td", f"{len(used)} of {len(used) + len(rejected)}", class_="num", title=tip),
+        el("td", label, class_="round"),
+        el("td", f"{len(used)} of {len(used) + len(rejected)}", class_="num", title=", ".join(used)),
         el("td", join(notes) or NONE, class_="why"),
-        el("td", NONE if failed else loss_text(attempt.train_loss), class_="num"),
-        el("td", NONE if attempt.update_norm is None else f"{attempt.update_norm:.3g}", class_="num"),
-        el("td", human_bytes(attempt.bytes_up), class_="num"),
-        el("td", human_seconds(attempt.seconds), class_="num"),
+        *(el("td", amount, class_="num") for amount in amounts),
     )
 
 

@@ -18,6 +18,15 @@ def round_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
+def inner_ticks(low: float, high: float, wanted: int = 5) -> tuple[list[float], float, float]:
+    """Return about ``wanted`` round numbers inside a range a little larger than ``low`` to ``high``, and that range."""
+    if not high > low:
+        low, high = low - (abs(low) / 10 or 0.5), high + (abs(high) / 10 or 0.5)
+    margin = 0.06 * (high - low)
+    low, high = low - margin, high + margin
+    return [tick for tick in round_ticks(low, high, wanted) if low <= tick <= high], low, high
+
+
 def whole_ticks(low: int, high: int, wanted: int = 10) -> list[int]:
     """Return at most about ``wanted`` evenly spaced whole numbers of ``low`` to ``high``, starting at multiples."""
     step = max(1, math.ceil(_round_step(max(1, high - low) / wanted)))

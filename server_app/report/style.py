@@ -30,7 +30,8 @@ body {
 main { max-width: 1120px; margin: 0 auto; padding: 36px 24px 48px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 2px 0 8px; overflow-wrap: anywhere; letter-spacing: -0.01em; }
 h2 { font-size: 19px; margin: 0 0 4px; letter-spacing: -0.005em; }
-h3 { font-size: 14px; margin: 0 0 6px; }
+h3 { font-size: 14px; margin: 0 0 6px; overflow-wrap: anywhere; }
+.apart { margin-top: 22px; }
 p { margin: 0 0 10px; }
 .over { text-transform: uppercase; letter-spacing: 0.08em; font-size: 12px; font-weight: 600; color: var(--muted); }
 .muted { color: var(--muted); }
@@ -41,15 +42,22 @@ p { margin: 0 0 10px; }
 .chip.bad { color: var(--bad); background: var(--bad-soft); }
 .chip.warn { color: var(--warn); background: var(--warn-soft); }
 .headline { font-size: 19px; line-height: 1.45; margin: 22px 0 20px; max-width: 62em; }
-.notice { border-left: 4px solid var(--bad); background: var(--bad-soft); padding: 10px 14px; border-radius: 4px; overflow-wrap: anywhere; }
+.notice {
+  border-left: 4px solid var(--bad); background: var(--bad-soft); padding: 10px 14px; border-radius: 4px;
+  overflow-wrap: anywhere;
+}
 .notice.warn { border-color: var(--warn); background: var(--warn-soft); }
 section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 section { padding: 22px 24px; margin-top: 18px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; }
-.tile { padding: 14px 16px; }
-.tile .value { font-size: 25px; font-weight: 650; line-height: 1.25; letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 20px 28px; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 16px 18px; margin-top: 10px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(142px, 1fr)); gap: 12px; }
+.tile { padding: 12px 14px; }
+.tile .kind { font-size: 13px; font-weight: 600; color: var(--muted); }
+.tile .value {
+  font-size: 21px; font-weight: 650; line-height: 1.35; letter-spacing: -0.015em; white-space: nowrap;
+  font-variant-numeric: tabular-nums;
+}
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 20px 28px; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 16px 18px; margin-top: 10px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 10px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -57,6 +65,7 @@ th { font-size: 13px; font-weight: 600; color: var(--muted); vertical-align: bot
 tr:last-child td { border-bottom: 0; }
 td.num, th.num { text-align: right; white-space: nowrap; }
 td.name { overflow-wrap: anywhere; font-weight: 550; min-width: 8em; }
+td.round { white-space: nowrap; }
 td.why { overflow-wrap: anywhere; }
 tr.total td { border-top: 2px solid var(--line); font-weight: 600; }
 .win { font-weight: 700; }
@@ -69,8 +78,8 @@ tr.total td { border-top: 2px solid var(--line); font-weight: 600; }
 figure { margin: 0; min-width: 0; }
 figcaption { margin-bottom: 4px; }
 .chart { display: block; width: 100%; height: auto; }
-.wide .chart { min-width: 460px; }
-.strip { width: 170px; height: 22px; display: block; }
+.wide .chart { max-width: 680px; }
+.strip { width: 150px; height: 22px; display: block; }
 .chart text { font-size: 12.5px; fill: var(--muted); font-family: inherit; font-variant-numeric: tabular-nums; }
 .panels .chart text { font-size: 11px; }
 .chart .label { font-weight: 600; }
@@ -94,7 +103,10 @@ figcaption { margin-bottom: 4px; }
 .s1 { fill: var(--s1); } .s2 { fill: var(--s2); } .s3 { fill: var(--s3); } .s4 { fill: var(--s4); }
 .s5 { fill: var(--s5); } .s6 { fill: var(--s6); } .s7 { fill: var(--s7); } .s8 { fill: var(--s8); }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 14px; }
-.answer { background: var(--soft); border-radius: 10px; padding: 12px 16px; border-top: 3px solid var(--base); overflow-wrap: anywhere; }
+.answer {
+  background: var(--soft); border-radius: 10px; padding: 12px 16px; border-top: 3px solid var(--base);
+  overflow-wrap: anywhere;
+}
 .answer.federated { border-color: var(--federated); }
 blockquote { margin: 4px 0 14px; font-size: 17px; overflow-wrap: anywhere; }
 .prewrap { white-space: pre-wrap; margin: 0; }
@@ -106,6 +118,9 @@ footer { margin-top: 26px; color: var(--muted); font-size: 13px; }
   main { padding: 22px 12px 36px; }
   section { padding: 16px 14px; }
   .headline { font-size: 17px; }
+  .wide .chart text { font-size: 15px; }
+  .panels { grid-template-columns: 1fr 1fr; }
+  .panels .chart text { font-size: 16px; }
 }
 @media print {
   :root {
@@ -119,7 +134,10 @@ footer { margin-top: 26px; color: var(--muted); font-size: 13px; }
   section { padding: 12px 0; border: 0; border-top: 1px solid var(--line); border-radius: 0; }
   section, .tile, figure, tr, .answer { break-inside: avoid; }
   section.long { break-inside: auto; }
-  .wide .chart { min-width: 0; }
+  h2, h3, h2 + p, .legend { break-after: avoid; }
+  .pair { grid-template-columns: 1fr 1fr; }
+  .tiles { grid-template-columns: repeat(6, 1fr); }
+  .tile .value { font-size: 16px; }
   .scroll { overflow: visible; }
 }
 """

@@ -50,10 +50,11 @@ def headline(material: Material) -> str:
 
 def _how_far(material: Material) -> str:
     results, planned = material.results, material.setting("num_rounds")
-    reached = f"round {results.last_round}" + (f" of {planned}" if planned else "")
+    reached = f"after round {results.last_round}" + (f" of {planned}" if planned else "")
+    reached = reached if results.last_round else "before its first round was done"
     if results.end is None:
-        return f"This run is under way or was interrupted: {reached} is done. "
-    words = {"finished": "", "failed": f"This run failed after {reached}. ", "stopped": f"Stopped after {reached}. "}
+        return f"This run is under way, or was interrupted {reached}. "
+    words = {"finished": "", "failed": f"This run failed {reached}. ", "stopped": f"This run was stopped {reached}. "}
     return words[results.end.status]
 
 
@@ -113,27 +114,20 @@ def _tiles(results: Results) -> Iterator[Markup]:
     if shown:
         relative = (shown.loss - base.loss) / base.loss if base and final and base.loss else 0.0
         sign = MINUS if relative < 0 else "+"
-        before = (
-            f"from {loss_text(base.loss)} ({sign}{percent(abs(relative))})" if base and final else "base, untrained"
-        )
+        before = f"from {loss_text(base.loss)} ({sign}{abs(relative):.0%})" if base and final else "base, untrained"
         yield _tile("Held-out loss", loss_text(shown.loss), before)
         earlier = f"from {short_perplexity(base.loss)}" if base and final else "base, untrained"
         yield _tile("Perplexity", short_perplexity(shown.loss), earlier)
         yield _tile("Accuracy", percent(shown.accuracy), f"from {percent(base.accuracy)}" if base and final else "")
     compared, won = _wins(results)
     if compared:
-        yield _tile("Better than alone", f"{won} of {compared}", "sites")
+        yield _tile("Sites ahead", f"{won} of {compared}", "of training alone")
     if results.attempts:
         yield _tile("Sent by sites", human_bytes(results.bytes_up), f"{human_bytes(results.bytes_down)} to them")
     if results.seconds:
         yield _tile("Work", human_seconds(results.seconds), plural(results.last_round, "round"))
 
 
-def _tile(name: str, value: str, note: str) -> Markup:
-    return el(
-        "div",
-        el("div", name, class_="over"),
-        el("div", value, class_="value"),
-        el("div", note, class_="muted small"),
-        class_="tile",
-    )
+def _tile(kind: str, value: str, note: str) -> Markup:
+    parts = (el("div", kind, class_="kind"), el("div", value, class_="value"), el("div", note, class_="muted small"))
+    return el("div", *parts, class_="tile")
