@@ -37,18 +37,43 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run or resume one federation."""
     set_up_logging()
-    given = read_run_config(context.run_config)
+    folder, config, state = open_run(read_run_config(context.run_config))
+    run_federation(grid, folder, config, state, run_id=context.run_id, fixed_sites=_is_simulation(grid))
+
+
+def open_run(given: RunConfig) -> tuple[RunFolder, RunConfig, RunState | None]:
+    """Make a new run's folder, or open the one to resume.
+
+    Returns:
+        The folder, the effective config, and the state to go on from, None for a new run.
+
+    Raises:
+        ConfigError: The config names something that there is not.
+        CheckpointError: The folder exists already, or there is none to resume.
+    """
     home = resolve_home(given.home)
-    if given.resume:
-        folder, config, state = _resume(home, given)
-    else:
-        folder, config, state = _start(home, given)
+    return _resume(home, given) if given.resume else _start(home, given)
+
+
+def run_federation(
+    grid: Grid, folder: RunFolder, config: RunConfig, state: RunState | None, *, run_id: int, fixed_sites: bool
+) -> None:
+    """Drive a federation over Flower's grid to its end.
+
+    Args:
+        grid: Flower's grid.
+        folder: The run's folder.
+        config: The effective config.
+        state: The state to go on from, None for a new run.
+        run_id: Flower's id of the run.
+        fixed_sites: No further sites will come up, as in simulation.
+    """
     with folder.held():
-        _note_run(folder, config, context.run_id)
+        _note_run(folder, config, run_id)
         recorder = Recorder(folder)
         if state is not None:
             recorder.rewind(state.round)
-        Loop(_federation(grid, folder, config, state, recorder), state).run()
+        Loop(_federation(grid, folder, config, state, recorder, fixed_sites), state).run()
 
 
 def _start(home: Path, config: RunConfig) -> tuple[RunFolder, RunConfig, None]:
@@ -93,7 +118,12 @@ def _note_run(folder: RunFolder, config: RunConfig, run_id: int) -> None:
 
 
 def _federation(
-    grid: Grid, folder: RunFolder, config: RunConfig, state: RunState | None, recorder: Recorder
+    grid: Grid,
+    folder: RunFolder,
+    config: RunConfig,
+    state: RunState | None,
+    recorder: Recorder,
+    fixed_sites: bool,
 ) -> Federation:
     spool = folder.path / "spool"
     shutil.rmtree(spool, ignore_errors=True)
@@ -112,7 +142,7 @@ def _federation(
             exchange,
             hello,
             left_out,
-            fixed_sites=_is_simulation(grid),
+            fixed_sites=fixed_sites,
             agreement=state.agreement if state else None,
         ),
         strategy=build_strategy(config),

@@ -89,9 +89,10 @@ class Exchange:
         try:
             while pending:
                 yield from self.pull(pending)
-                if not pending or time.monotonic() >= deadline:
+                left_s = deadline - time.monotonic()
+                if not pending or left_s <= 0:
                     return
-                time.sleep(self._poll_s)
+                time.sleep(min(self._poll_s, left_s))
         finally:
             self._late.update(pending)
 

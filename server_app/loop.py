@@ -8,7 +8,9 @@ was not, because every draw is derived from seed and round and updates are folde
 from __future__ import annotations
 
 import logging
+import resource
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,7 +160,7 @@ class Loop:
     def _ending(self) -> Iterator[None]:
         """Record how the run ends, and write the report, whatever happens."""
         recorder, folder = self.federation.recorder, self.federation.folder
-        status, reason = "stopped", "the server was stopped"
+        status, reason, started = "stopped", "the server was stopped", time.monotonic()
         try:
             yield
             status, reason = "finished", ""
@@ -169,7 +171,16 @@ class Loop:
             status, reason = "failed", f"{type(error).__name__}: {error}"
             raise
         finally:
-            recorder.record({"event": "end", "status": status, "reason": reason, "best_round": self._best_round()})
+            recorder.record(
+                {
+                    "event": "end",
+                    "status": status,
+                    "reason": reason,
+                    "best_round": self._best_round(),
+                    "seconds": time.monotonic() - started,
+                    "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                }
+            )
             recorder.close()
             shutil.rmtree(self.federation.spool, ignore_errors=True)
             build_report(folder)

@@ -7,6 +7,7 @@ checksum, structure and finiteness before its first use. Nothing larger than the
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -241,7 +242,9 @@ class PayloadReader:
         """Let go of the bytes; the file is unmapped."""
         self._bytes.release()
         if self._map is not None:
-            self._map.close()
+            # An error's traceback may hold views of the map; it is then unmapped when the last of them goes.
+            with suppress(BufferError):
+                self._map.close()
 
     def __enter__(self) -> Self:
         return self

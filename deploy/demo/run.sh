@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Run the demo federation in Flower's simulation and stop the local SuperLink that it started.
+# Usage: deploy/demo/run.sh [RUN_NAME [RUN_CONFIG]]; further settings of the run config go into the second argument.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+name=${1:-demo-$(date +%Y%m%d-%H%M%S)}
+settings=${2:-}
+
+# A SuperLink of its own, on a free port, so that one that runs already with another environment is not used by mistake.
+export FLWR_HOME=${FLWR_HOME:-$PWD/.flwr}
+export FLWR_LOCAL_SUPERLINK_HTTP_API_PORT=${FLWR_LOCAL_SUPERLINK_HTTP_API_PORT:-$(python - <<'PY'
+import socket
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    print(free.getsockname()[1])
+PY
+)}
+stop_superlink() {
+    pgrep -f -- "flower-superlink .*--port $FLWR_LOCAL_SUPERLINK_HTTP_API_PORT" | xargs -r kill 2>/dev/null || true
+}
+trap stop_superlink EXIT
+
+flwr run . --stream --run-config "name=\"$name\" $settings" \
+    --federation-config "num-supernodes=4 client-resources-num-cpus=2"
+fedllm runs --check "$name"

@@ -1,0 +1,231 @@
+"""A federation without Flower's network and without a language model, for tests of the round loop.
+
+:class:`InProcessGrid` is a whole `Grid`: it carries real Flower messages to functions that stand for sites.
+:class:`QuadraticSite` is a whole site: real messages, real payloads, a real transport; its objective is
+``|x - optimum|^2 / 2`` instead of a language model's loss, so that every result is known in closed form.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Error, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedllm import rng
+from fedllm.agreement import Agreement
+from fedllm.codecs.payload import encode_payload, open_payload
+from fedllm.messages import (
+    AnyMessage,
+    DataCounts,
+    EvaluateInstruction,
+    EvaluateReport,
+    Hello,
+    Introduction,
+    LocalOnlyInstruction,
+    LocalOnlyReport,
+    Score,
+    TrainInstruction,
+    TrainReport,
+)
+from fedllm.records import from_records, to_records
+from fedllm.update import Arrays, Layout, TensorSpec
+from fedllm.wire.inline import InlineClientTransport
+from fedllm.wire.transport import Envelope
+
+LAYOUT = Layout(
+    (
+        TensorSpec("base_model.model.layers.0.q_proj.lora_A.weight", (2, 6), role="lora_A"),
+        TensorSpec("base_model.model.layers.0.q_proj.lora_B.weight", (5, 2), role="lora_B"),
+    )
+)
+AGREEMENT = Agreement(
+    fedllm_version="1", flower_version="2", base="b" * 64, tokenizer="t", quantization="nf4", layout=LAYOUT.digest
+)
+
+Handler = Callable[[FlowerMessage], FlowerMessage | None]
+
+
+class InProcessGrid(Grid):
+    """Carries messages to functions; a function that returns None never replies.
+
+    Args:
+        handlers: What answers for each node, by node id.
+    """
+
+    def __init__(self, handlers: dict[int, Handler]) -> None:
+        # Flower sets these when it starts a ServerApp; a message cannot be made without them.
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+        self.handlers = handlers
+        self.delays: dict[int, float] = {}
+        self._replies: dict[str, tuple[float, FlowerMessage]] = {}
+        self._count = 0
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> FlowerMessage:
+        raise NotImplementedError
+
+    def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[FlowerMessage]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.handlers)
+
+    def get_nodes(self) -> list[Any]:
+        raise NotImplementedError
+
+    def push_messages(self, messages: Iterable[FlowerMessage]) -> list[str]:
+        ids = []
+        for message in messages:
+            self._count += 1
+            id_ = f"m{self._count}"
+            message.metadata.__dict__["_message_id"] = id_
+            node = message.metadata.dst_node_id
+            reply = self.handlers[node](message)
+            if reply is not None:
+                self._replies[id_] = (time.monotonic() + self.delays.get(node, 0.0), reply)
+            ids.append(id_)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[FlowerMessage]:
+        now = time.monotonic()
+        ready = [id_ for id_ in message_ids if id_ in self._replies and self._replies[id_][0] <= now]
+        return [self._replies.pop(id_)[1] for id_ in ready]
+
+
+class QuadraticSite:
+    """A site whose best adapter is `optimum`; one round moves the received adapter the share `rate` towards it.
+
+    Args:
+        name: The site's name.
+        seed: Draws the optimum.
+        num_examples: What it says it has.
+        agreement: What it says it holds.
+    """
+
+    def __init__(
+        self, name: str, seed: int, num_examples: int = 10, agreement: Agreement = AGREEMENT, rate: float = 0.5
+    ) -> None:
+        draw = rng.generator(seed, purpose="optimum")
+        self.name, self.num_examples, self.agreement, self.rate = name, num_examples, agreement, rate
+        self.optimum: Arrays = {
+            spec.name: draw.standard_normal(spec.shape).astype(np.float32) for spec in LAYOUT.tensors
+        }
+        self.folder = Path(tempfile.mkdtemp())
+        self.seen: list[AnyMessage] = []
+
+    def __call__(self, message: FlowerMessage) -> FlowerMessage | None:
+        instruction, envelope = from_records(message.content, "test")
+        self.seen.append(instruction)
+        reply, back = self.answer(instruction, envelope)
+        return FlowerMessage(to_records(reply, back), reply_to=message)
+
+    def answer(self, instruction: AnyMessage, envelope: Envelope) -> tuple[AnyMessage, Envelope | None]:
+        match instruction:
+            case Hello():
+                return self.introduce(), None
+            case TrainInstruction():
+                return self.train(instruction, envelope)
+            case EvaluateInstruction():
+                score = self.score(self.fetch(envelope))
+                answers = {"answer_base": "before", "answer": "after"} if instruction.prompt else {}
+                return EvaluateReport(
+                    site=self.name, round=instruction.round, score=score, seconds=0.1, **answers
+                ), None
+            case LocalOnlyInstruction():
+                state = self.moved(self.fetch(envelope))
+                report = LocalOnlyReport(
+                    site=self.name, score=self.score(state), num_steps=instruction.num_steps, seconds=0.1
+                )
+                return report, None
+        raise AssertionError(instruction)
+
+    def introduce(self) -> Introduction:
+        data = DataCounts(
+            num_train_examples=self.num_examples,
+            num_train_tokens=100,
+            num_train_targets=50,
+            num_holdout_examples=4,
+            num_holdout_targets=20,
+            num_truncated=0,
+            num_dropped=0,
+        )
+        return Introduction(
+            site=self.name,
+            agreement=self.agreement,
+            layout=LAYOUT.to_json(),
+            target_modules=["q_proj"],
+            data=data,
+            base_load_s=0.0,
+            base_from_cache=True,
+        )
+
+    def fetch(self, envelope: Envelope) -> Arrays:
+        path = InlineClientTransport().fetch(envelope, self.folder / "state")
+        with open_payload(path, layout=LAYOUT, base=self.agreement.base) as payload:
+            return {name: payload.read(name) for name in payload.names}
+
+    def moved(self, state: Arrays) -> Arrays:
+        return {name: state[name] + np.float32(self.rate) * (self.optimum[name] - state[name]) for name in state}
+
+    def score(self, state: Arrays) -> Score:
+        loss = sum(float(np.sum((state[name] - self.optimum[name]) ** 2)) / 2 for name in state)
+        return Score(loss=loss, accuracy=0.5, num_tokens=20, num_examples=4)
+
+    def train(self, instruction: TrainInstruction, envelope: Envelope) -> tuple[AnyMessage, Envelope | None]:
+        state = self.fetch(envelope)
+        moved = self.moved(state)
+        delta = {name: moved[name] - state[name] for name in state}
+        return self.report(instruction, state), self.push(instruction, envelope, delta)
+
+    def report(self, instruction: TrainInstruction, state: Arrays, **changes: Any) -> TrainReport:
+        fields = {
+            "site": self.name,
+            "round": instruction.round,
+            "num_examples": self.num_examples,
+            "num_tokens": 50,
+            "num_steps": 2,
+            "loss": self.score(state).loss,
+            "loss_last": 0.0,
+            "grad_norm": 1.0,
+            "seconds": 0.1,
+        }
+        return TrainReport.model_validate({**fields, **changes})
+
+    def push(self, instruction: TrainInstruction, envelope: Envelope, delta: Arrays, **changes: Any) -> Envelope:
+        path = self.folder / "update"
+        fields = {"round_": instruction.round, "base": self.agreement.base, "reference_id": instruction.state_id}
+        encode_payload(
+            path,
+            delta,
+            LAYOUT,
+            kind="update",
+            pipeline="fp32",
+            is_difference=True,
+            site=self.name,
+            **{**fields, **changes},
+        )
+        return InlineClientTransport().push(envelope, path)
+
+
+def flower_error(message: FlowerMessage, reason: str = "ClientApp stopped responding") -> FlowerMessage:
+    """Return what Flower answers for a site whose process died."""
+    return FlowerMessage(Error(code=3, reason=reason), reply_to=message)
+
+
+def empty_reply(message: FlowerMessage) -> FlowerMessage:
+    """Return a reply without any record of ours."""
+    return FlowerMessage(RecordDict(), reply_to=message)

@@ -1,0 +1,151 @@
+"""Real Flower processes for tests: a local SuperLink of its own, `flwr run` in the foreground, and the means to kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Flower:
+    """One Flower home with its own local SuperLink.
+
+    Attributes:
+        folder: Where `flwr run` is called and `runs/` appears.
+        environment: Environment of all processes.
+        port: The SuperLink's port.
+    """
+
+    folder: Path
+    environment: Mapping[str, str]
+    port: int
+
+    def start(self, config: Mapping[str, object], num_sites: int) -> subprocess.Popen[str]:
+        """Call `flwr run --stream` and return at once."""
+        settings = " ".join(f"{key}={_toml(value)}" for key, value in config.items())
+        command = [
+            str(Path(sys.executable).with_name("flwr")),
+            "run",
+            str(REPOSITORY),
+            "--stream",
+            "--run-config",
+            settings,
+            "--federation-config",
+            f"num-supernodes={num_sites} client-resources-num-cpus=2 init-args-num-cpus=2",
+        ]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=dict(self.environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, config: Mapping[str, object], num_sites: int, timeout_s: float = 300) -> str:
+        """Call `flwr run --stream`, wait for its end, and return what it printed."""
+        process = self.start(config, num_sites)
+        try:
+            return process.communicate(timeout=timeout_s)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError(f"flwr run took over {timeout_s} s:\n{process.communicate()[0]}") from None
+
+    def server_processes(self) -> list[psutil.Process]:
+        """Return the processes that run a ServerApp (in simulation: and Ray's driver) under this home's SuperLink."""
+        return [process for process in self._descendants() if "flwr-simulation" in " ".join(_command(process))]
+
+    def kill_server(self) -> None:
+        """SIGKILL the server's process, and then what Ray leaves behind of it."""
+        servers = self.server_processes()
+        assert servers, "no server process is running"
+        children = [child for server in servers for child in server.children(recursive=True)]
+        for process in [*servers, *children]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+
+    def events(self, name: str) -> list[dict[str, object]]:
+        """Return a run's events so far."""
+        path = self.folder / "runs" / name / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def stop(self) -> None:
+        """End the SuperLink and everything under it."""
+        processes = self._descendants()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, alive = psutil.wait_procs(processes, timeout=5)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _descendants(self) -> list[psutil.Process]:
+        links = [process for process in psutil.process_iter() if self._is_superlink(process)]
+        return [process for link in links for process in [link, *link.children(recursive=True)]]
+
+    def _is_superlink(self, process: psutil.Process) -> bool:
+        command = _command(process)
+        return any("flower-superlink" in part for part in command) and str(self.port) in command
+
+
+@contextmanager
+def flower(folder: Path, **variables: str) -> Iterator[Flower]:
+    """Yield a Flower home in an empty folder; everything that was started under it ends with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("FLWR_", "FEDLLM_HOME"))},
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(folder / "flwr-home"),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+        **variables,
+    }
+    home = Flower(folder, environment, port)
+    try:
+        yield home
+    finally:
+        home.stop()
+
+
+def wait_for(condition: object, timeout_s: float = 120, poll_s: float = 0.02) -> None:
+    """Wait until a function of no arguments returns something true."""
+    end = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(poll_s)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

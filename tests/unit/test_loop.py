@@ -1,0 +1,333 @@
+"""The round loop with sites that answer, lie, fail, or stay silent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message as FlowerMessage
+
+from fedllm.agreement import Agreement
+from fedllm.config import RunConfig, read_run_config
+from fedllm.errors import QuorumError
+from fedllm.messages import AnyMessage, Failure, TrainInstruction
+from fedllm.model.export import load_peft_adapter
+from fedllm.model.initial import initial_arrays
+from fedllm.runs import RunFolder
+from fedllm.update import Arrays
+from fedllm.wire.transport import Envelope
+from server_app.app import open_run, run_federation
+from server_app.checkpoint import load_latest
+from tests.fake_federation import (
+    AGREEMENT,
+    LAYOUT,
+    Handler,
+    InProcessGrid,
+    QuadraticSite,
+    empty_reply,
+    flower_error,
+)
+
+SETTINGS = {
+    "name": "test",
+    "rounds.deadline_s": 0.6,
+    "rounds.join_timeout_s": 1.0,
+    "rounds.min_sites": 2,
+    "rounds.max_attempts": 2,
+    "train.local_steps": 2,
+}
+
+
+def run(home: Path, grid: InProcessGrid, **changes: Any) -> RunFolder:
+    """Run a federation to its end, as the ServerApp does."""
+    config = read_run_config({**SETTINGS, "home": str(home), **changes})
+    folder, effective, state = open_run(config)
+    run_federation(grid, folder, effective, state, run_id=1, fixed_sites=True)
+    return folder
+
+
+def sites(count: int = 3) -> dict[int, Handler]:
+    return {100 + index: QuadraticSite(f"site-{index}", index, 10 * (index + 1)) for index in range(count)}
+
+
+def events(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return [row for row in rows if row["event"] == kind]
+
+
+def params(folder: RunFolder) -> Arrays:
+    state = load_latest(folder.checkpoints)
+    assert state is not None
+    return state.params
+
+
+def expected_params(members: list[QuadraticSite], num_rounds: int) -> Arrays:
+    """FedAvg in plain float64: every round moves half-way to the weighted mean of the optima."""
+    total = sum(site.num_examples for site in members)
+    state = {name: value.astype(np.float64) for name, value in initial_arrays(LAYOUT, 42).items()}
+    for _ in range(num_rounds):
+        for name in state:
+            mean = sum(site.num_examples / total * site.optimum[name].astype(np.float64) for site in members)
+            state[name] = state[name] + 0.5 * (mean - state[name])
+    return {name: value.astype(np.float32) for name, value in state.items()}
+
+
+def assert_close(found: Arrays, expected: Arrays) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_gives_plain_fedavg_and_everything_that_is_promised(tmp_path: Path) -> None:
+    handlers = sites()
+    folder = run(tmp_path, InProcessGrid(handlers))
+    expected = expected_params(list(handlers.values()), 3)  # type: ignore[arg-type]
+    assert_close(params(folder), expected)
+    assert_close(load_peft_adapter(folder.adapter), expected)
+    assert [event["round"] for event in events(folder, "evaluation")] == [0, 1, 2, 3]
+    assert [event["round"] for event in events(folder, "round")] == [1, 2, 3]
+    assert events(folder, "local_only")[0]["sites"].keys() == {"site-0", "site-1", "site-2"}
+    assert events(folder, "answer")[0]["federated"] == "after"
+    assert events(folder, "end")[0]["status"] == "finished"
+    assert folder.report.is_file()
+    assert not (folder.path / "spool").exists()
+    manifest = json.loads(folder.manifest.read_text())
+    assert manifest["base_fingerprint"] == AGREEMENT.base
+    assert manifest["sites"]["site-2"]["train_examples"] == 30
+
+
+def test_the_best_round_is_kept_not_the_last(tmp_path: Path) -> None:
+    """The first round goes nearly all the way; the momentum then overshoots."""
+    changes = {"strategy.server_learning_rate": 1.9, "strategy.server_momentum": 0.9}
+    folder = run(tmp_path, InProcessGrid(sites()), **changes)
+    losses = [event["loss"] for event in events(folder, "evaluation")]
+    assert losses[1] < losses[0]
+    assert losses[3] > losses[1]
+    assert events(folder, "end")[0]["best_round"] == 1
+    best, last = load_peft_adapter(folder.best), load_peft_adapter(folder.adapter)
+    assert any(not np.array_equal(best[name], last[name]) for name in best)
+
+
+def test_equal_seeds_give_equal_bits(tmp_path: Path) -> None:
+    one = params(run(tmp_path / "1", InProcessGrid(sites())))
+    grid = InProcessGrid(dict(reversed(sites().items())))
+    grid.delays = {100: 0.3, 101: 0.1}
+    two = params(run(tmp_path / "2", grid))
+    for name, value in one.items():
+        np.testing.assert_array_equal(two[name], value)
+
+
+class Liar(QuadraticSite):
+    """A site that greets like any other and then misbehaves in training."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__("site-9", 9)
+        self.how = how
+
+    def __call__(self, message: FlowerMessage) -> FlowerMessage | None:
+        if message.metadata.message_type == "train":
+            special: dict[str, Callable[[], FlowerMessage | None]] = {
+                "silent": lambda: None,
+                "dead": lambda: flower_error(message),
+                "empty": lambda: empty_reply(message),
+            }
+            if self.how in special:
+                return special[self.how]()
+        return super().__call__(message)
+
+    def train(self, instruction: TrainInstruction, envelope: Envelope) -> tuple[AnyMessage, Envelope | None]:
+        state = self.fetch(envelope)
+        delta = {name: np.full_like(value, 1e3) for name, value in state.items()}
+        report = self.report(instruction, state)
+        if self.how == "refuses":
+            return Failure(site=self.name, error="DataError", reason="no data today"), None
+        if self.how == "nothing":
+            return report, None
+        if self.how == "other-name":
+            return self.report(instruction, state, site="site-0"), self.push(instruction, envelope, delta)
+        if self.how == "other-round":
+            return report, self.push(instruction, envelope, delta, round_=instruction.round + 1)
+        if self.how == "other-base":
+            return report, self.push(instruction, envelope, delta, base="0" * 64)
+        if self.how == "other-reference":
+            return report, self.push(instruction, envelope, delta, reference_id="0" * 32)
+        pushed = self.push(instruction, envelope, delta)
+        assert pushed.blob is not None
+        blob = bytearray(pushed.blob)
+        if self.how == "nan":
+            at = blob.rfind(np.float32(1e3).tobytes())
+            blob[at : at + 4] = np.float32(np.nan).tobytes()
+        elif self.how == "flipped":
+            blob[-3] ^= 1
+        elif self.how == "cut":
+            blob = blob[:-10]
+        elif self.how == "longer":
+            blob += b"\0" * 100_000
+        return report, honest_envelope(bytes(blob))
+
+
+def honest_envelope(blob: bytes) -> Envelope:
+    """Return an envelope whose size and checksum fit a blob, so that only the payload itself is wrong."""
+    from fedllm.wire.digest import digest_bytes
+
+    return Envelope({"transport": "flower", "size": len(blob), "sha256": digest_bytes(blob)}, blob)
+
+
+REASONS = {
+    "silent": "no reply",
+    "dead": "FlowerError",
+    "empty": "no fedllm record",
+    "refuses": "no data today",
+    "nothing": "Payload|Transport",
+    "other-name": "not for this request",
+    "other-round": "another round",
+    "other-base": "another base",
+    "other-reference": "another reference",
+    "nan": "Corrupt|NonFinite",
+    "flipped": "CorruptPayloadError",
+    "cut": "TruncatedPayloadError",
+    "longer": "OversizedPayloadError",
+}
+
+
+@pytest.mark.parametrize("how", REASONS)
+def test_a_bad_reply_is_named_and_changes_no_bit(how: str, tmp_path: Path) -> None:
+    honest = {**sites(2)}
+    clean = run(tmp_path / "clean", InProcessGrid(dict(honest)), num_rounds=1)
+    folder = run(tmp_path / "lied", InProcessGrid({**sites(2), 109: Liar(how)}), num_rounds=1)
+    for name, value in params(clean).items():
+        np.testing.assert_array_equal(params(folder)[name], value)
+    event = events(folder, "round")[0]
+    assert event["participants"] == ["site-0", "site-1"]
+    [rejected] = event["rejected"]
+    assert rejected["site"] == "site-9"
+    assert any(part in rejected["reason"] for part in REASONS[how].split("|")), rejected
+
+
+def test_a_late_reply_is_named_and_dropped_in_the_next_round(tmp_path: Path) -> None:
+    grid = InProcessGrid(sites())
+    slow = QuadraticSite("site-9", 9)
+    grid.handlers[109] = slow
+
+    def delay_training(message: FlowerMessage) -> FlowerMessage | None:
+        grid.delays[109] = (
+            0.7 if message.metadata.message_type == "train" and message.metadata.group_id == "round-1" else 0
+        )
+        return slow(message)
+
+    grid.handlers[109] = delay_training
+    folder = run(tmp_path, grid, num_rounds=2)
+    first, second = events(folder, "round")
+    assert first["rejected"] == [{"site": "site-9", "reason": "no reply before the round closed"}]
+    assert "site-9" not in first["participants"]
+    reasons = {row["site"]: row["reason"] for event in (second,) for row in event["rejected"]}
+    assert "earlier round" in reasons.get("site-9", "") or "site-9" in second["participants"]
+
+
+def test_a_round_without_quorum_is_repeated_then_fails_with_everything_saved(tmp_path: Path) -> None:
+    honest = QuadraticSite("site-0", 0)
+    grid = InProcessGrid({100: honest, 109: Liar("refuses")})
+    with pytest.raises(QuorumError, match=r"round 1 had no quorum 2 times.*resume=\"test\""):
+        run(tmp_path, grid)
+    folder = RunFolder.open(tmp_path, "test")
+    assert [event["attempt"] for event in events(folder, "attempt")] == [1, 2]
+    assert events(folder, "end")[0]["status"] == "failed"
+    assert folder.report.is_file()
+    state = load_latest(folder.checkpoints)
+    assert state is not None
+    assert state.round == 0
+
+
+def test_a_failed_run_goes_on_when_its_sites_are_back(tmp_path: Path) -> None:
+    with pytest.raises(QuorumError):
+        run(tmp_path, InProcessGrid({100: QuadraticSite("site-0", 0, 10), 101: Liar("refuses")}))
+    handlers = sites(2)
+    folder = run(tmp_path, InProcessGrid(handlers), name="", resume="test")
+    clean = run(tmp_path / "clean", InProcessGrid(sites(2)))
+    for name, value in params(clean).items():
+        np.testing.assert_array_equal(params(folder)[name], value)
+    assert [event["round"] for event in events(folder, "round")] == [1, 2, 3]
+    assert events(folder, "end")[-1]["status"] == "finished"
+
+
+@pytest.mark.parametrize("field", list(Agreement.model_fields))
+def test_a_site_that_holds_something_else_is_left_out_with_both_values(field: str, tmp_path: Path) -> None:
+    other = AGREEMENT.model_copy(update={field: "something else"})
+    grid = InProcessGrid({**sites(2), 109: QuadraticSite("site-9", 9, agreement=other)})
+    folder = run(tmp_path, grid, num_rounds=1)
+    [left_out] = events(folder, "left_out")
+    assert left_out["site"] == "site-9"
+    assert field in left_out["reason"]
+    assert "something else" in left_out["reason"]
+    assert getattr(AGREEMENT, field) in left_out["reason"]
+    assert events(folder, "round")[0]["participants"] == ["site-0", "site-1"]
+
+
+def test_a_second_node_under_a_taken_name_is_left_out(tmp_path: Path) -> None:
+    grid = InProcessGrid({**sites(2), 109: QuadraticSite("site-1", 9)})
+    folder = run(tmp_path, grid, num_rounds=1)
+    [left_out] = events(folder, "left_out")
+    assert "already takes part" in left_out["reason"]
+
+
+def test_too_few_sites_end_the_run_with_every_sites_reason(tmp_path: Path) -> None:
+    def without_data(message: FlowerMessage) -> FlowerMessage:
+        from fedllm.records import to_records
+
+        failure = Failure(site="site-9", error="DataError", reason="file missing; found /data/x")
+        return FlowerMessage(to_records(failure), reply_to=message)
+
+    with pytest.raises(QuorumError, match=r"expected at least 2.*found 1.*site-9: DataError: file missing"):
+        run(tmp_path, InProcessGrid({**sites(1), 109: without_data}))
+
+
+def test_over_selection_closes_a_round_when_enough_have_replied(tmp_path: Path) -> None:
+    grid = InProcessGrid(sites(4))
+    grid.delays[103] = 5.0
+    del grid.handlers[103]
+    grid.handlers[103] = QuadraticSite("site-3", 3)
+    grid.delays[103] = 0.0
+    changes = {"rounds.fraction": 0.5, "rounds.over_selection": 2.0, "num_rounds": 1}
+    folder = run(tmp_path, grid, **changes)
+    event = events(folder, "round")[0]
+    assert len(event["asked"]) == 4
+    assert len(event["participants"]) == 2
+    assert {row["reason"] for row in event["rejected"]} == {"no reply before the round closed"}
+
+
+def test_a_site_that_comes_up_later_joins_the_next_round(tmp_path: Path) -> None:
+    grid = InProcessGrid(sites(2))
+    late = QuadraticSite("site-2", 2)
+
+    def first(message: FlowerMessage) -> FlowerMessage | None:
+        if message.metadata.message_type == "train":
+            grid.handlers[102] = late
+        return site(message)
+
+    site = grid.handlers[100]
+    grid.handlers[100] = first
+    folder = run(tmp_path, grid)
+    assert [len(event["participants"]) for event in events(folder, "round")] == [2, 3, 3]
+
+
+def test_a_run_can_be_resumed_for_more_rounds(tmp_path: Path) -> None:
+    run(tmp_path, InProcessGrid(sites()), num_rounds=2)
+    folder = run(tmp_path, InProcessGrid(sites()), name="", resume="test", num_rounds=4)
+    expected = expected_params([QuadraticSite(f"site-{i}", i, 10 * (i + 1)) for i in range(3)], 4)
+    assert_close(params(folder), expected)
+    assert [event["round"] for event in events(folder, "round")] == [1, 2, 3, 4]
+
+
+def test_settings_of_a_resumed_run_that_have_no_effect_are_named(tmp_path: Path, caplog: Any) -> None:
+    run(tmp_path, InProcessGrid(sites()), num_rounds=1)
+    config = read_run_config({"home": str(tmp_path), "resume": "test", "train.learning_rate": 0.5})
+    with caplog.at_level("WARNING", logger="server_app.app"):
+        _, effective, _ = open_run(config)
+    assert "train.learning_rate = 0.5 has no effect" in caplog.text
+    assert effective.train.learning_rate == RunConfig().train.learning_rate
+    assert dataclasses.is_dataclass(RunFolder)
