@@ -102,21 +102,26 @@ class Fp16:
 
     def encode(self, values: Values, seed: int) -> bytes:  # noqa: ARG002
         exponent = tensor_exponent(float(np.abs(values).max(initial=0.0)))
-        halves = times_power(values, -exponent).astype("<f2")
-        if exponent == MAX_EXPONENT:  # 2^15 times 2^113 would be infinite
-            np.clip(halves, -32752, 32752, out=halves)
-        return np.array(exponent, "<i2").tobytes() + halves.tobytes()
+        halves = np.empty(len(values), np.uint16)
+        # Rounding up to 2^15 times 2^113 would be infinite.
+        largest = 0x77FF if exponent == MAX_EXPONENT else 0x7800
+        _round_to_fp16(read_only(values), 2.0**-exponent, np.uint32(largest), halves)
+        return np.array(exponent, "<i2").tobytes() + halves.astype("<u2", copy=False).tobytes()
 
-    def check(self, buffer: Buffer, length: int) -> None:
-        read_exponent(buffer)
-        refuse_non_finite(self.decode(buffer, length), self.name)
+    def check(self, buffer: Buffer, length: int) -> None:  # noqa: ARG002
+        exponent = read_exponent(buffer)
+        largest = int((aligned(buffer[2:], "<u2") & np.uint16(0x7FFF)).max(initial=0))
+        if largest >= 0x7C00 or math.ldexp(float(np.uint16(largest).view(np.float16)), exponent) >= 2.0**128:
+            raise NonFiniteError(explain("an encoded tensor holds NaN or infinity", where="stage fp16"))
 
     def decode(self, buffer: Buffer, length: int) -> Values:
-        halves = np.frombuffer(buffer, "<f2", count=length, offset=2)
-        return times_power(halves.astype(np.float32), read_exponent(buffer))
+        values = np.zeros(length, np.float32)
+        self.add(buffer, values, 1.0)
+        return values
 
     def add(self, buffer: Buffer, accumulator: Accumulator, weight: float) -> None:
-        add_values(self.decode(buffer, len(accumulator)), accumulator, weight)
+        factor = 2.0 ** (112 + read_exponent(buffer))
+        _add_fp16(aligned(buffer[2:], "<u2"), factor, accumulator, accumulator.dtype.type(weight))
 
 
 def make_fp32(params: Sequence[str]) -> Fp32:
@@ -196,13 +201,6 @@ def read_exponent(buffer: Buffer) -> int:
     return exponent
 
 
-def times_power(values: Values, exponent: int) -> Values:
-    """Return float32 ``values * 2^exponent``, rounded once."""
-    scaled = np.empty_like(values)
-    _scale(read_only(values), 2.0**exponent, scaled)
-    return scaled
-
-
 @kernel
 def _round_to_bf16(bits: NDArray[np.uint32], rounded: NDArray[np.uint16]) -> None:
     for i in range(bits.size):
@@ -233,6 +231,38 @@ def _add(values: Values, accumulator: Accumulator, weight: np.floating) -> None:
 
 
 @kernel
-def _scale(values: Values, factor: float, scaled: Values) -> None:
-    for i in range(values.size):
-        scaled[i] = np.float32(np.float64(values[i]) * factor)
+def _round_to_fp16(values: Values, factor: float, largest: np.uint32, halves: NDArray[np.uint16]) -> None:
+    """Write the binary16 bits of ``values * factor``: nearest, ties to even, magnitudes at most those of ``largest``."""
+    scaled = np.empty(4096, np.float32)
+    words = scaled.view(np.uint32)
+    for start in range(0, values.size, 4096):
+        part = values[start : start + 4096]
+        out = halves[start : start + 4096]
+        for i in range(part.size):
+            scaled[i] = np.float32(np.float64(part[i]) * factor)
+        for i in range(part.size):
+            word = np.uint32(words[i] & np.uint32(0x7FFFFFFF))
+            rounded = np.uint32((word + np.uint32(0xFFF) + ((word >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13))
+            normal = np.uint32(rounded - np.uint32(112 << 10))
+            tiny = np.uint32(np.int32(np.rint(min(abs(scaled[i]), np.float32(1.0)) * np.float32(2.0**24))))
+            half = normal if word >= np.uint32(0x38800000) else tiny  # 2^-14, the smallest normal half
+            sign = (words[i] >> np.uint32(16)) & np.uint32(0x8000)
+            out[i] = np.uint16(min(half, largest) | sign)
+
+
+@kernel
+def _add_fp16(halves: NDArray[Any], factor: float, accumulator: Accumulator, weight: np.floating) -> None:
+    """Add ``weight`` times ``half * factor / 2^112``, the middle rounded to float32.
+
+    The exponent and fraction of a half, moved to where float32 has them, are that half divided by 2^112.
+    """
+    words = np.empty(4096, np.uint32)
+    values = words.view(np.float32)
+    for start in range(0, accumulator.size, 4096):
+        part = accumulator[start : start + 4096]
+        source = halves[start : start + 4096]
+        for i in range(part.size):
+            half = np.uint32(source[i])
+            words[i] = ((half & np.uint32(0x8000)) << np.uint32(16)) | ((half & np.uint32(0x7FFF)) << np.uint32(13))
+        for i in range(part.size):
+            part[i] += weight * np.float32(np.float64(values[i]) * factor)

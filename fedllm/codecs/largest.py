@@ -18,12 +18,12 @@ _BINS = 1 << 12
 
 def largest(values: Values, count: int) -> NDArray[np.int64]:
     """Return int64 [count], increasing: where finite float32 [n] is largest in magnitude; of equals the first."""
-    positions = np.empty(count, np.int64)
+    positions = np.empty(count + 1, np.int64)
     if count:
         bits = read_only(values.view(np.uint32))
         threshold, num_ties = _threshold(bits, count)
         _emit(bits, np.uint32(threshold), num_ties, positions)
-    return positions
+    return positions[:count]
 
 
 def _threshold(bits: NDArray[np.uint32], count: int) -> tuple[int, int]:
@@ -32,8 +32,9 @@ def _threshold(bits: NDArray[np.uint32], count: int) -> tuple[int, int]:
     _count_bins(bits, histogram)
     at_least = np.cumsum(histogram[::-1])[::-1]  # values in this bin or above
     bin_ = int(np.flatnonzero(at_least >= count)[-1])
-    members = np.empty(int(histogram[bin_]), np.uint32)
+    members = np.empty(int(histogram[bin_]) + 1, np.uint32)
     _collect(bits, np.uint32(bin_), members)
+    members = members[:-1]
     wanted = count - (int(at_least[bin_]) - len(members))  # of this bin, 1 to len(members)
     ordered = np.partition(members, len(members) - wanted)[len(members) - wanted :]
     return int(ordered[0]), int((ordered == ordered[0]).sum())
@@ -45,25 +46,26 @@ def _count_bins(bits: NDArray[np.uint32], histogram: NDArray[np.int64]) -> None:
         histogram[(bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(19)] += 1
 
 
+# The next two write every candidate and advance only past those that count, because a branch would be mispredicted about
+# once for each. Their output has one element of slack for the last write.
+
+
 @kernel
 def _collect(bits: NDArray[np.uint32], bin_: np.uint32, members: NDArray[np.uint32]) -> None:
-    found = 0
+    found = np.uint64(0)
     for i in range(bits.size):
-        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
-        if magnitude >> np.uint32(19) == bin_:
-            members[found] = magnitude
-            found += 1
+        magnitude = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        members[found] = magnitude
+        found += np.uint64(magnitude >> np.uint32(19) == bin_)
 
 
 @kernel
 def _emit(bits: NDArray[np.uint32], threshold: np.uint32, num_ties: int, positions: NDArray[np.int64]) -> None:
-    found = 0
+    found = np.uint64(0)
+    ties = np.int64(num_ties)
     for i in range(bits.size):
-        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
-        if magnitude >= threshold:
-            if magnitude == threshold:
-                if num_ties == 0:
-                    continue
-                num_ties -= 1
-            positions[found] = i
-            found += 1
+        magnitude = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        is_tie = magnitude == threshold
+        positions[found] = i
+        found += np.uint64((magnitude > threshold) | (is_tie & (ties > 0)))
+        ties -= np.int64(is_tie)
