@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from fedllm.data.partition import partition
-from fedllm.model.cache import default_cache_dir
-
 from client_app.site import SiteConfig, load_site_config
 from fedllm.config import DataConfig, RunConfig, SimulationConfig
 from fedllm.data.examples import Example
+from fedllm.data.partition import partition
 from fedllm.data.sources import load_examples
 from fedllm.errors import ConfigError, explain
 from fedllm.messages import Instruction
+from fedllm.model.cache import default_cache_dir
 
 SITE_CONFIG_KEY = "site-config"
 

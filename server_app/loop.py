@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fedllm.model.export import save_peft_adapter
-from fedllm.model.initial import initial_arrays
-
 from fedllm.errors import FedLLMError, QuorumError, explain
 from fedllm.manifest import Manifest, SiteCounts
 from fedllm.messages import Introduction
+from fedllm.model.export import save_peft_adapter
+from fedllm.model.initial import initial_arrays
 from fedllm.update import Arrays, Layout
 from server_app.checkpoint import RunState, save_checkpoint
 from server_app.evaluation import Scores, ask_prompt, evaluate, local_only

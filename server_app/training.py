@@ -134,8 +134,6 @@ def _collect(
     """Take replies as they come until enough are usable, all came, or the deadline passed."""
     harvest = Harvest()
     sites = {member.node: name for name, member in chosen.items()}
-    for late in federation.exchange.late():
-        harvest.reject(federation.roster.name_of(late.node), "it answered an earlier round after that had closed")
     wanted = federation.strategy.sampler.num_wanted(len(federation.roster.available()) or len(chosen))
     deadline = time.monotonic() + federation.config.rounds.deadline_s
     for reply in federation.exchange.replies(pending, deadline):
@@ -143,8 +141,9 @@ def _collect(
         if len(harvest.accepted) >= min(wanted, len(chosen)) < len(chosen):
             break
     for node in pending.values():
-        reason = "no reply before the round closed"
-        harvest.rejected.setdefault(sites[node], reason)
+        harvest.reject(sites[node], "no reply before the round closed")
+    for late in federation.exchange.late():
+        harvest.reject(federation.roster.name_of(late.node), "it answered an earlier round after that had closed")
     return harvest
 
 

@@ -7,8 +7,8 @@ checksum, structure and finiteness before its first use. Nothing larger than the
 from __future__ import annotations
 
 import mmap
-from contextlib import suppress
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from fedllm.errors import CorruptPayloadError, OversizedPayloadError, TransportError, TruncatedPayloadError, explain
 from fedllm.wire.digest import digest_bytes
-from fedllm.wire.part import Receipt, clear_disk_errors
+from fedllm.wire.files import clear_disk_errors
+from fedllm.wire.part import Receipt
 from fedllm.wire.spool import Spool
 from fedllm.wire.transport import Envelope, Scalar
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from fedllm.errors import CorruptPayloadError, OversizedPayloadError, TransportError, explain
 from fedllm.wire.digest import CHUNK_BYTES, is_digest
+from fedllm.wire.files import clear_disk_errors
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,14 @@ class Part:
         path: The file; opened behind what it holds, or made.
         announced: What it has to become.
         deliver: Moves the verified, synced file into place.
+        durable: Bring the file to the disk before it is delivered; not needed for what can be had again.
     """
 
-    def __init__(self, path: Path, announced: Receipt, deliver: Callable[[Path], None]) -> None:
+    def __init__(
+        self, path: Path, announced: Receipt, deliver: Callable[[Path], None], *, durable: bool = True
+    ) -> None:
         self.path, self.announced = path, announced
+        self._durable = durable
         self._deliver = deliver
         self._lock = threading.Lock()
         self._sha: hashlib._Hash | None = None
@@ -124,7 +128,8 @@ class Part:
                 raise CorruptPayloadError(
                     explain("a payload has another SHA-256", expected=self.announced.digest, found=found)
                 )
-            os.fsync(self._file.fileno())
+            if self._durable:
+                os.fsync(self._file.fileno())
             self._file.close()
             self._deliver(self.path)
 
@@ -157,15 +162,3 @@ class Part:
         except OSError:
             self._file.truncate(self._size)
             raise
-
-
-@contextlib.contextmanager
-def clear_disk_errors(path: Path) -> Iterator[None]:
-    """Turn the system's complaints about a file into a TransportError whose cause is the complaint."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        problem = "the disk is full" if full else "a file cannot be read or written"
-        fix = "Free disk space." if full else "Check the folder's owner and permissions."
-        raise TransportError(explain(problem, found=error.strerror, where=path, fix=fix)) from error

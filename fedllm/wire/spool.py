@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import threading
 from dataclasses import asdict
@@ -26,8 +25,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fedllm.errors import TransportError, explain
+from fedllm.files import atomic_write, sync_folder
 from fedllm.wire.digest import CHUNK_BYTES, digest_file
-from fedllm.wire.part import Part, Receipt, clear_disk_errors
+from fedllm.wire.files import clear_disk_errors
+from fedllm.wire.part import Part, Receipt
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class Spool:
         payload = self.payload_path(round_, site)
         payload.parent.mkdir(exist_ok=True)
         part.rename(payload)
-        _sync_folder(payload.parent)
+        sync_folder(payload.parent)
         self._write_receipt(round_, site, announced)
         logger.debug("round %d: update of %r is complete: %s", round_, site, announced)
 
@@ -170,7 +171,7 @@ class Spool:
         return receipt
 
     def _write_receipt(self, round_: int, site: str, receipt: Receipt) -> None:
-        _write_atomically(self._receipt_path(round_, site), json.dumps(asdict(receipt)))
+        atomic_write(self._receipt_path(round_, site), json.dumps(asdict(receipt)))
 
     def _receipt_path(self, round_: int, site: str) -> Path:
         return self.payload_path(round_, site).with_suffix(".receipt")
@@ -213,21 +214,3 @@ def file_name(site: str) -> str:
 
 def _used_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

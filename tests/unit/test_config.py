@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,7 +55,5 @@ def test_a_wrong_setting_is_refused_in_words_that_help(flat: dict[str, str | int
     st.dictionaries(st.text(max_size=12), st.one_of(st.text(), st.integers(), st.floats(), st.booleans()), max_size=4)
 )
 def test_any_flat_mapping_is_read_or_refused_as_a_config_error(flat: dict[str, str | int | float | bool]) -> None:
-    try:
-        read_run_config(flat)
-    except ConfigError as error:
-        assert "run config" in str(error)
+    with suppress(ConfigError):
+        assert isinstance(read_run_config(flat), RunConfig)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm import rng
-from fedllm.config import RunConfig, read_run_config
+from fedllm.config import read_run_config
 from fedllm.errors import ConfigError
 from fedllm.update import Arrays, Contribution, Layout, TensorSpec
 from strategies.aggregators import WeightedMean
@@ -102,4 +102,4 @@ def test_an_unknown_strategy_is_refused_with_the_known_ones() -> None:
 
 def test_registering_a_taken_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="fedavg"):
-        register("fedavg", lambda config: build_strategy(RunConfig()))
+        register("fedavg", build_strategy)
