@@ -143,7 +143,9 @@ def _collect(
     for node in pending.values():
         harvest.reject(sites[node], "no reply before the round closed")
     for late in federation.exchange.late():
-        harvest.reject(federation.roster.name_of(late.node), "it answered an earlier round after that had closed")
+        site = federation.roster.name_of(late.node)
+        if site not in harvest.rejected:
+            harvest.reject(site, "it answered an earlier round after that had closed")
     return harvest
 
 
