@@ -1,0 +1,249 @@
+"""The site's end of the update stream: fetch a state, push an update, whatever the connection does meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+
+from fedllm.errors import CorruptPayloadError, TransportError, explain
+from fedllm.wire import updates_pb2 as pb
+from fedllm.wire.digest import CHUNK_BYTES, digest_file
+from fedllm.wire.files import clear_disk_errors
+from fedllm.wire.framing import append_chunk, push_message
+from fedllm.wire.methods import CLIENT_OPTIONS, Stub
+from fedllm.wire.part import Part, Receipt
+from fedllm.wire.patience import Patience, Watch
+from fedllm.wire.status import Reason, RefusedError, judge
+from fedllm.wire.tls import TlsConfig, channel_credentials
+
+logger = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+
+QUICK_CALL_S = 30.0
+LOOPBACK = ("127.", "localhost:", "[::1]:")
+
+Progress = Callable[[int, int], None]
+"""Called with bytes verified or sent so far, and bytes of the whole."""
+
+
+class UpdateClient:
+    """Moves files to and from one update server. Holds no connection between calls, so a process may fork.
+
+    Args:
+        address: ``host:port`` of the server, or of the gateway in front of it.
+        tls: Certificates, or None.
+        insecure: Allow plaintext; exactly one of ``tls`` and this must be set.
+        deadline_s: Seconds for one transfer with all its attempts.
+        quiet_s: Seconds of failing without a byte of progress after which a transfer is given up.
+        stall_s: Seconds without a chunk after which a connection is given up for a new one.
+        should_stop: Asked several times a second, from other threads too; true ends the transfer with CancelledError.
+        progress: Told after every chunk.
+
+    Raises:
+        ConfigError: Certificates are wrong, or plaintext was not allowed.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        tls: TlsConfig | None = None,
+        insecure: bool = False,
+        deadline_s: float = 3600.0,
+        quiet_s: float = 300.0,
+        stall_s: float = 60.0,
+        should_stop: Callable[[], bool] = lambda: False,
+        progress: Progress = lambda _done, _whole: None,
+    ) -> None:
+        self.address = address
+        self._credentials = channel_credentials(tls, insecure=insecure)
+        self._deadline_s, self._quiet_s, self._stall_s = deadline_s, quiet_s, stall_s
+        self._should_stop, self._progress = should_stop, progress
+
+    def fetch(self, ticket: str, destination: Path, expected: Receipt) -> Path:
+        """Write a state to a file: whole and verified, or not at all.
+
+        What arrived before a failure stays beside the destination and is not asked for again, also by a later call.
+
+        Args:
+            ticket: Allows this fetch.
+            destination: The file; replaced if it exists.
+            expected: Size and digest as the server announced them in its authenticated message.
+
+        Raises:
+            TicketError: The server does not honour the ticket.
+            CorruptPayloadError: The server holds another state than announced.
+            TransportError: It could not be had in time, or the disk refused.
+            CancelledError: The round was closed, or ``should_stop`` said so.
+        """
+        patience = Patience(self._deadline_s, self._quiet_s, self._should_stop)
+        with _part_of(destination, expected) as part:
+            is_resumed = part.size > 0
+            self._persist(patience, partial(self._fetch_once, ticket, part, patience))
+            try:
+                part.finish()
+            except CorruptPayloadError:
+                if not is_resumed:
+                    raise
+                return self.fetch(ticket, destination, expected)  # what an earlier call left was bad, and is gone
+        self._confirm(ticket)
+        return destination
+
+    def push(self, ticket: str, source: Path, announced: Receipt) -> None:
+        """Deliver a file; on return the server has verified it and has it on disk. The file stays the caller's.
+
+        Args:
+            ticket: Allows this push.
+            source: The file; must not change meanwhile.
+            announced: Its size and digest.
+
+        Raises:
+            TicketError: The server does not honour the ticket, or it allows fewer bytes.
+            CorruptPayloadError: The file is not what is announced.
+            TransportError: It could not be delivered in time, or the server cannot store it.
+            CancelledError: The round was closed, or ``should_stop`` said so.
+        """
+        with clear_disk_errors(source):
+            size = source.stat().st_size
+        if size != announced.size:
+            raise _mismatch(source, announced, f"{size} bytes")
+        patience = Patience(self._deadline_s, self._quiet_s, self._should_stop)
+        self._persist(patience, partial(self._push_once, _Sender(ticket, source, announced, self._progress), patience))
+
+    def _persist(self, patience: Patience, attempt: Callable[[Stub], ResultT]) -> ResultT:
+        """Make attempts, each with a new connection, until one succeeds or trying again is of no use."""
+        while True:
+            patience.check()
+            try:
+                with self._channel() as channel:
+                    return attempt(Stub(channel))
+            except (grpc.RpcError, grpc.FutureCancelledError, RefusedError) as error:
+                patience.check()
+                verdict = judge(error, self.address)
+                if not verdict.is_retryable:
+                    raise verdict.error from error
+                logger.info("a transfer was interrupted and goes on: %s", verdict.error)
+                patience.pause(verdict.error)
+
+    def _fetch_once(self, ticket: str, part: Part, patience: Patience, stub: Stub) -> None:
+        if not part.missing:
+            return
+        request = pb.FetchRequest(ticket=ticket, offset=part.size)
+        call = stub.fetch(request, timeout=patience.remaining_s)
+        with Watch(call, self._stall_s, patience) as watch, ThreadPoolExecutor(1) as disk:
+            writing = disk.submit(lambda: None)
+            for chunk in call:
+                writing.result()
+                writing = disk.submit(append_chunk, part, chunk)
+                watch.moved()
+                patience.progressed()
+                self._progress(part.size, part.announced.size)
+            writing.result()
+
+    def _confirm(self, ticket: str) -> None:
+        """Say that the state is here. It is, so nothing is lost if the server does not hear it."""
+        try:
+            with self._channel() as channel:
+                Stub(channel).confirm(pb.ConfirmRequest(ticket=ticket), timeout=QUICK_CALL_S)
+        except grpc.RpcError as error:
+            logger.info("a fetch could not be confirmed: %s", judge(error, self.address).error)
+
+    def _push_once(self, sender: _Sender, patience: Patience, stub: Stub) -> None:
+        status = stub.push_status(sender.announcement, timeout=min(QUICK_CALL_S, patience.remaining_s))
+        if status.delivered:
+            return
+        if sender.go_on_at(status.offset):
+            patience.progressed()
+        call = stub.push.future(sender.messages(), timeout=patience.remaining_s)
+        with Watch(call, self._stall_s, patience) as watch:
+            sender.on_chunk = watch.moved
+            try:
+                call.result()
+            except (grpc.RpcError, grpc.FutureCancelledError) as error:
+                sender.check(judge(error, self.address).reason)
+                raise
+
+    @contextlib.contextmanager
+    def _channel(self) -> Iterator[grpc.Channel]:
+        direct = [("grpc.enable_http_proxy", 0)] if self.address.startswith(LOOPBACK) else []
+        options = CLIENT_OPTIONS + direct
+        if self._credentials is None:
+            channel = grpc.insecure_channel(self.address, options)
+        else:
+            channel = grpc.secure_channel(self.address, self._credentials, options)
+        with channel:
+            yield channel
+
+
+@contextlib.contextmanager
+def _part_of(destination: Path, expected: Receipt) -> Iterator[Part]:
+    """Open what an earlier call left of the same payload, and remove what is left of others."""
+    path = destination.with_name(f"{destination.name}.{expected.digest}.part")
+    with clear_disk_errors(path):
+        for other in destination.parent.glob(f"{glob.escape(destination.name)}.*.part"):
+            if other != path:
+                other.unlink()
+    with Part(path, expected, lambda part: os.replace(part, destination), durable=False) as part:
+        yield part
+
+
+def _mismatch(source: Path, announced: Receipt, found: str) -> CorruptPayloadError:
+    return CorruptPayloadError(
+        explain("a file is not what is announced", expected=announced, found=found, where=source)
+    )
+
+
+class _Sender:
+    """Reads a file into the messages of a push."""
+
+    def __init__(self, ticket: str, source: Path, announced: Receipt, progress: Progress) -> None:
+        self.announcement = pb.Announcement(ticket=ticket, size=announced.size, sha256=announced.digest)
+        self.on_chunk: Callable[[], None] = lambda: None
+        self._source, self._announced, self._progress = source, announced, progress
+        self._error: Exception | None = None
+
+    def go_on_at(self, offset: int) -> bool:
+        """Begin the next messages at an offset; tell whether it is farther than the last one."""
+        is_farther = offset > self.announcement.offset
+        self.announcement.offset = offset
+        return is_farther
+
+    def messages(self) -> Iterator[pb.PushRequest | bytes]:
+        """Yield the announcement and the chunks behind its offset. gRPC asks for them in a thread of its own."""
+        yield pb.PushRequest(announcement=self.announcement)
+        try:
+            with clear_disk_errors(self._source):
+                yield from self._chunks(self.announcement.offset)
+        except TransportError as error:
+            self._error = error
+            raise
+
+    def check(self, reason: Reason | None) -> None:
+        """Raise what a failed push was this end's own fault for, if it was."""
+        if self._error is not None:
+            raise self._error
+        if reason is Reason.CORRUPT and (found := digest_file(self._source)) != self._announced.digest:
+            raise _mismatch(self._source, self._announced, found)
+
+    def _chunks(self, offset: int) -> Iterator[pb.PushRequest | bytes]:
+        with self._source.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while offset < self._announced.size:
+                data = file.read(min(CHUNK_BYTES, self._announced.size - offset))
+                if not data:
+                    raise OSError(errno.EIO, "the file was cut while it was sent")
+                yield push_message(offset, data)
+                offset += len(data)
+                self.on_chunk()
+                self._progress(offset, self._announced.size)

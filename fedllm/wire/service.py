@@ -1,0 +1,265 @@
+"""What the update server answers: the four methods of ``updates.proto``.
+
+One event loop serves all streams, so a thousand slow sites cost a thousand small objects and no threads; everything that
+touches the disk runs in a small pool. One chunk per stream is in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import grpc.aio
+
+from fedllm.errors import (
+    CorruptPayloadError,
+    FedLLMError,
+    OversizedPayloadError,
+    TicketError,
+    TransportError,
+    explain,
+)
+from fedllm.wire import updates_pb2 as pb
+from fedllm.wire.digest import CHUNK_BYTES
+from fedllm.wire.files import clear_disk_errors
+from fedllm.wire.framing import append_chunk, chunk_message
+from fedllm.wire.ledger import Ledger
+from fedllm.wire.part import Part, Receipt
+from fedllm.wire.rounds import Rounds
+from fedllm.wire.spool import Spool
+from fedllm.wire.status import METADATA_KEY, Reason, RefusedError
+from fedllm.wire.ticket import Direction, Ticket, TicketKey
+
+logger = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+
+_END: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
+
+NUM_DISK_THREADS = 8
+MAX_FETCHES = 4
+"""How many times its size a fetch may move, resumptions included, before its ticket counts as used."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A state that can be fetched."""
+
+    path: Path
+    receipt: Receipt
+
+
+class UpdateService:
+    """Implements :class:`fedllm.wire.methods.Service`.
+
+    Args:
+        spool: Where pushes go.
+        ledger: Openings of rounds and spent tickets.
+        key: Verifies tickets.
+        run: The run that tickets must belong to.
+        rounds: Which rounds are open.
+        published: States by id; the server adds to it.
+        stall_s: Seconds without a chunk after which a stream is ended.
+        on_delivered: Called in the event loop with round, site and receipt when a push is complete.
+    """
+
+    def __init__(
+        self,
+        *,
+        spool: Spool,
+        ledger: Ledger,
+        key: TicketKey,
+        run: str,
+        rounds: Rounds,
+        published: dict[str, Published],
+        stall_s: float,
+        on_delivered: Callable[[int, str, Receipt], None],
+    ) -> None:
+        self._spool, self._ledger, self._key, self._run = spool, ledger, key, run
+        self._rounds, self._published, self._stall_s = rounds, published, stall_s
+        self._on_delivered = on_delivered
+        self._disk = ThreadPoolExecutor(NUM_DISK_THREADS, thread_name_prefix="update-disk")
+
+    def close(self) -> None:
+        """Wait for disk work under way; call after the server has stopped."""
+        self._disk.shutdown()
+
+    async def fetch(self, request: pb.FetchRequest, context: Any) -> None:
+        """Send a published state from an offset on."""
+        await self._answer(context, self._fetch(request, context))
+
+    async def confirm(self, request: pb.ConfirmRequest, context: Any) -> pb.ConfirmReply:
+        """Note that a fetch is complete; confirming twice does no harm."""
+        return await self._answer(context, self._confirm(request))
+
+    async def push_status(self, request: pb.Announcement, context: Any) -> pb.PushStatusReply:
+        """Say how much of an update is here."""
+        return await self._answer(context, self._push_status(request))
+
+    async def push(self, _: Any, context: Any) -> pb.Receipt:
+        """Receive an update, verify it, and acknowledge it."""
+        return await self._answer(context, self._push(context))
+
+    async def _fetch(self, request: pb.FetchRequest, context: Any) -> None:
+        ticket = self._check(request.ticket, "fetch")
+        async with self._rounds.transfer(ticket):
+            if await self._on_disk(self._ledger.is_spent, ticket.round_, ticket.id):
+                raise TicketError(explain(f"{ticket} was already used"))
+            state = self._published.get(ticket.state_id)
+            if state is None:
+                raise RefusedError(Reason.UNKNOWN_STATE, explain(f"state {ticket.state_id!r} is not published"))
+            _check_size(state.receipt.size, ticket)
+            await self._send(state, request.offset, ticket, context)
+
+    async def _send(self, state: Published, offset: int, ticket: Ticket, context: Any) -> None:
+        """Write chunks to the stream, each read from the disk while the one before is on its way."""
+        size = state.receipt.size
+        with clear_disk_errors(state.path), state.path.open("rb", buffering=0) as file:
+            reading = self._on_disk(_read_chunk, file, offset, size)
+            while offset < size:
+                chunk = await reading
+                self._rounds.charge(ticket, len(chunk), MAX_FETCHES * size)
+                offset += CHUNK_BYTES
+                reading = self._on_disk(_read_chunk, file, offset, size)
+                async with self._patience():
+                    await context.write(chunk)
+            await reading
+
+    async def _confirm(self, request: pb.ConfirmRequest) -> pb.ConfirmReply:
+        ticket = self._check(request.ticket, "fetch")
+        await self._on_disk(self._ledger.spend, ticket.round_, ticket.id)
+        return pb.ConfirmReply()
+
+    async def _push_status(self, request: pb.Announcement) -> pb.PushStatusReply:
+        ticket = self._check(request.ticket, "push")
+        return await self._on_disk(self._standing, ticket, _announced(request, ticket))
+
+    def _standing(self, ticket: Ticket, announced: Receipt) -> pb.PushStatusReply:
+        self._check_unused(ticket, announced)
+        delivered = self._spool.receipt(ticket.round_, ticket.site) is not None
+        return pb.PushStatusReply(offset=self._spool.held(ticket.round_, ticket.site, announced), delivered=delivered)
+
+    async def _push(self, context: Any) -> pb.Receipt:
+        message = await self._next(context)
+        if message is _END or message.WhichOneof("part") != "announcement":
+            raise RefusedError(Reason.MALFORMED, "A push begins with its announcement.")
+        announcement = message.announcement
+        ticket = self._check(announcement.ticket, "push")
+        announced = _announced(announcement, ticket)
+        await self._on_disk(self._check_unused, ticket, announced)
+        async with self._rounds.transfer(ticket), self._part(ticket, announced) as part:
+            if part is not None:
+                await self._fill(part, announcement.offset, context)
+                await self._on_disk(part.finish)
+        self._on_delivered(ticket.round_, ticket.site, announced)
+        return pb.Receipt(size=announced.size, sha256=announced.digest)
+
+    async def _fill(self, part: Part, offset: int, context: Any) -> None:
+        """Append the stream's chunks, each written to the disk while the next one arrives."""
+        if offset != part.size:
+            raise RefusedError(Reason.OUT_OF_STEP, f"The push goes on at byte {part.size}, not {offset}.")
+        writing = self._on_disk(lambda: None)
+        while (message := await self._next(context)) is not _END:
+            if message.WhichOneof("part") != "chunk":
+                raise RefusedError(Reason.MALFORMED, "Only chunks follow an announcement.")
+            await writing
+            writing = self._on_disk(append_chunk, part, message.chunk)
+        await writing
+
+    @contextlib.asynccontextmanager
+    async def _part(self, ticket: Ticket, announced: Receipt) -> AsyncIterator[Part | None]:
+        """Open a part and close it in any case, also when the round closes while it is being opened."""
+        opening = self._on_disk(self._spool.begin, ticket.round_, ticket.site, announced)
+        try:
+            yield await asyncio.shield(opening)
+        finally:
+            if (part := await opening) is not None:
+                await self._on_disk(part.close)
+
+    def _check_unused(self, ticket: Ticket, announced: Receipt) -> None:
+        """Let a push ticket pass unless another payload was delivered with it or with a sibling."""
+        delivered = self._spool.receipt(ticket.round_, ticket.site)
+        if delivered not in (None, announced):
+            raise TicketError(explain(f"{ticket} was already used", expected=delivered, found=announced))
+
+    def _check(self, text: str, direction: Direction) -> Ticket:
+        ticket = self._key.verify(text, run=self._run, direction=direction)
+        self._rounds.admit(ticket)
+        return ticket
+
+    async def _next(self, context: Any) -> Any:
+        async with self._patience():
+            return await context.read()
+
+    @contextlib.asynccontextmanager
+    async def _patience(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._stall_s):
+                yield
+        except TimeoutError:
+            raise RefusedError(Reason.STALLED, f"Nothing moved for {self._stall_s:g} s.") from None
+
+    def _on_disk(self, function: Callable[..., ResultT], *args: object) -> asyncio.Future[ResultT]:
+        return asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
+
+    async def _answer(self, context: Any, work: Awaitable[ResultT]) -> ResultT:
+        """Await a method's work, and tell the caller why if it does not succeed."""
+        try:
+            return await work
+        except FedLLMError as error:
+            await _abort(context, _refusal(error))
+
+
+def _read_chunk(file: RawIOBase, offset: int, size: int) -> bytes:
+    """Return the chunk message at an offset, or nothing at the end."""
+    if offset >= size:
+        return b""
+    data = os.pread(file.fileno(), min(CHUNK_BYTES, size - offset), offset)
+    if not data:
+        raise RefusedError(Reason.STORAGE, "The state's file was cut.")
+    return chunk_message(offset, data)
+
+
+def _announced(announcement: pb.Announcement, ticket: Ticket) -> Receipt:
+    _check_size(announcement.size, ticket)
+    try:
+        return Receipt(announcement.size, announcement.sha256)
+    except TransportError as error:
+        raise RefusedError(Reason.MALFORMED, str(error)) from error
+
+
+def _check_size(size: int, ticket: Ticket) -> None:
+    if size > ticket.max_bytes:
+        raise TicketError(explain(f"{ticket} allows fewer bytes", expected=f"at most {ticket.max_bytes}", found=size))
+
+
+def _refusal(error: FedLLMError) -> RefusedError:
+    """Say which reason an error is; paths on the server are not the caller's business."""
+    match error:
+        case RefusedError():
+            return error
+        case TicketError():
+            return RefusedError(Reason.TICKET, str(error))
+        case CorruptPayloadError():
+            return RefusedError(Reason.CORRUPT, str(error))
+        case OversizedPayloadError():
+            return RefusedError(Reason.MALFORMED, str(error))
+        case _ if isinstance(error.__cause__, OSError):
+            logger.error("the spool failed: %s", error)
+            return RefusedError(Reason.STORAGE, f"The server cannot use its spool: {error.__cause__.strerror}.")
+        case _:
+            return RefusedError(Reason.SUPERSEDED, str(error))
+
+
+async def _abort(context: Any, refusal: RefusedError) -> NoReturn:
+    logger.warning("refused %s: %s", context.peer(), refusal)
+    await context.abort(refusal.code, str(refusal), ((METADATA_KEY, refusal.reason.value),))
+    raise AssertionError("abort raises")
