@@ -47,6 +47,8 @@ def _harmless(char: str) -> str:
 
 def width(text: str) -> int:
     """Return the columns that text takes on a terminal; East Asian wide characters take two, combining ones none."""
+    if text.isascii():
+        return len(text)
     wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
     return len(text) + wide - sum(unicodedata.category(char) in ("Mn", "Me") for char in text)
 
@@ -70,13 +72,17 @@ def pad(text: str, columns: int, align: str = "<") -> str:
 def fit(parts: Iterable[str], columns: int, separator: str = ", ") -> str:
     """Join as many parts as fit into the columns and count the others: ``a, b and 3 more``."""
     parts = list(parts)
-    for shown in range(len(parts), 0, -1):
-        rest = f" and {len(parts) - shown} more" if shown < len(parts) else ""
-        line = separator.join(parts[:shown]) + rest
-        if width(line) <= columns:
-            return line
+    line = separator.join(parts)
+    if width(line) <= columns:
+        return line
     rest = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
-    return shorten(parts[0], columns - len(rest)) + rest if parts else ""
+    best = shorten(parts[0], columns - len(rest)) + rest
+    for shown in range(2, len(parts)):
+        line = f"{separator.join(parts[:shown])} and {len(parts) - shown} more"
+        if width(line) > columns:
+            break
+        best = line
+    return best
 
 
 def table(rows: Sequence[Sequence[str]], align: str, gap: str = "  ") -> list[str]:

@@ -42,6 +42,7 @@ class Recorder:
     """
 
     events: list[Event]
+    _scalars: ScalarWriter | None
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
@@ -60,7 +61,7 @@ class Recorder:
             CheckpointError: The disk refuses.
         """
         parsed = parse_event({"time": time.time(), **event})
-        raw: Event = parsed.model_dump(mode="json")
+        raw: Event = json.loads(parsed.model_dump_json())
         try:
             self._file.write(_line(raw))
             self._file.flush()
@@ -113,24 +114,27 @@ class Recorder:
         try:
             if not path.exists() or path.read_bytes() != content:
                 atomic_write(path, content)
-            self._file = path.open("ab")
-            shutil.rmtree(self._folder.tensorboard, ignore_errors=True)
             self.events, self._parsed = events, read_events(path)
-            started = self._parsed[0].time if self._parsed else time.time()
-            self._scalars = ScalarWriter(self._folder.tensorboard, started)
+            shutil.rmtree(self._folder.tensorboard, ignore_errors=True)
+            self._scalars = None
+            for event in self._parsed:
+                self._mirror(event)
+            self._file = path.open("ab")
         except OSError as error:
             raise self._refused(error) from error
-        for event in self._parsed:
-            self._mirror(event)
 
     def _mirror(self, event: AnyEvent) -> None:
         scalars = scalars_of(event)
-        if scalars is not None:
-            self._scalars.add(scalars[1], step=scalars[0], wall_time=event.time)
+        if scalars is None:
+            return
+        if self._scalars is None:
+            self._scalars = ScalarWriter(self._folder.tensorboard, event.time)
+        self._scalars.add(scalars[1], step=scalars[0], wall_time=event.time)
 
     def _release(self) -> None:
         self._file.close()
-        self._scalars.close()
+        if self._scalars:
+            self._scalars.close()
 
     def _refused(self, error: OSError) -> CheckpointError:
         fix = "Free space or fix permissions, then resume the run."

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 COLUMNS = 88
 _TEXT_COLUMNS = 72
 _NAME_COLUMNS = 26
+_MAX_ROWS = 40
 _COLUMN_NAMES = {"base": "base", "local_only": "local only", "federated": "federated"}
 
 
@@ -166,10 +167,12 @@ def final_table(results: Results) -> list[str]:
     rows = results.rows()
     shown = [name for name in _COLUMN_NAMES if any(getattr(row, name) is not None for row in rows)]
     header = ["held-out loss (perplexity)", *(_COLUMN_NAMES[name] + "  " for name in shown)]
-    body = [[shorten(clean(row.name), _NAME_COLUMNS), *(_cell(row, name) for name in shown)] for row in rows]
+    told = [*rows[:_MAX_ROWS], rows[-1]] if len(rows) > _MAX_ROWS + 1 else rows
+    body = [[shorten(clean(row.name), _NAME_COLUMNS), *(_cell(row, name) for name in shown)] for row in told]
     lines = table([header, *body], "<" + ">" * len(shown))
     rule = "-" * max(map(width, lines))
-    return [lines[0], rule, *lines[1:-1], rule, lines[-1], f"{'* lowest of its row':>{len(rule)}}"]
+    rest = [f"({len(rows) - len(told)} more sites: see the report)"] if len(told) < len(rows) else []
+    return [lines[0], rule, *lines[1:-1], *rest, rule, lines[-1], f"{'* lowest of its row':>{len(rule)}}"]
 
 
 def _cell(row: Row, column: str) -> str:

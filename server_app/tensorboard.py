@@ -58,7 +58,7 @@ def scalars_of(event: AnyEvent) -> tuple[int, dict[str, float]] | None:
     """Return the step and the scalars that an event amounts to, None for an event without any."""
     if isinstance(event, Evaluation):
         return event.round, dict(_evaluation(event))
-    if isinstance(event, Round) and event.train_loss is not None:
+    if isinstance(event, Round) and event.event == "round":
         return event.round, dict(_round(event))
     if isinstance(event, LocalOnly):
         return 0, {f"local_only_loss/{site}": part.loss for site, part in event.sites.items()}
@@ -79,7 +79,7 @@ def _evaluation(event: Evaluation) -> Iterator[tuple[str, float]]:
 
 
 def _round(event: Round) -> Iterator[tuple[str, float]]:
-    yield "train/loss", event.train_loss or 0.0
+    yield "train/loss", math.nan if event.train_loss is None else event.train_loss
     yield "train/update_norm", math.nan if event.update_norm is None else event.update_norm
     yield "round/participants", float(len(event.participants))
     yield "round/rejected", float(len(event.rejected))
