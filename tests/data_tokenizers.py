@@ -52,6 +52,9 @@ FORGETS_REASONING = (
 )
 """Rewrites the past: reasoning is removed from all answers but the last."""
 
+MARKED_AND_COUNTED = "{{ messages | length }}" + MARKED_CHATML
+"""Breaks the prefix property too, but says itself what the answers are."""
+
 ALTERNATES_STRICTLY = (
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}{{ message['content'] + '<|im_end|>' }}{% endfor %}"

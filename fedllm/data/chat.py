@@ -69,8 +69,6 @@ def _turn(index: int, text: str, example: Example, tokenizer: PreTrainedTokenize
 
 
 def _find_end(content: str, text: str, start: int) -> int | None:
-    if text.startswith(content, start):
-        return start + len(content)
     stripped = content.strip()  # many templates trim a message, and some put a space before it
     found = text.find(stripped, start)
     return None if found < 0 else found + len(stripped)

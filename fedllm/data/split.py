@@ -72,7 +72,7 @@ def _border(copies: Counter[str], ranks: dict[str, Rank], num_wanted: float) -> 
     """Return the first rank that is trained on: never the lowest rank, at most the highest."""
     lowest, *others = sorted(copies, key=ranks.__getitem__)
     num_held = copies[lowest]
-    for key in others[:-1]:
+    for key in others:
         if num_held + copies[key] / 2 >= num_wanted:  # holding it out would not come nearer
             return ranks[key]
         num_held += copies[key]

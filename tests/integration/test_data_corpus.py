@@ -96,6 +96,7 @@ def test_held_out_texts_are_never_trained_on(tokenizer, examples):
     # Texts that differ only after the cut look alike in tokens; compare those that were not cut.
     trained = {each.input_ids.tobytes() for each in site.train if len(each) < 128}
     assert not held & trained
+    assert len(site.train) == site.report.num_train_sequences == site.report.train.num_examples
     assert 0.15 < len(site.holdout) / len(examples) < 0.25
 
 

@@ -13,6 +13,7 @@ from tests.data_tokenizers import (
     COUNTS_MESSAGES,
     DEFAULT_SYSTEM,
     FORGETS_REASONING,
+    MARKED_AND_COUNTED,
     MARKED_CHATML,
     WITHOUT_SPECIAL_TOKENS,
     byte_tokenizer,
@@ -50,7 +51,7 @@ def test_only_the_answer_and_its_end_of_turn_are_targets():
     assert sequence.segment_ids.tolist() == [1] * len(hand_made)
 
 
-@pytest.mark.parametrize("template", [CHATML, MARKED_CHATML])
+@pytest.mark.parametrize("template", [CHATML, MARKED_CHATML, MARKED_AND_COUNTED])
 def test_every_answer_of_a_conversation_is_a_target(template):
     answers = targets(chat("a", "one", "b", "two", "c", "three"), byte_tokenizer(template))
     assert answers == ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"]
@@ -142,6 +143,7 @@ def test_nothing_to_encode_is_an_error():
     [
         (COUNTS_MESSAGES, chat("a", "b", "c", "d"), "does not begin a conversation with the prompt"),
         (FORGETS_REASONING, chat("a", "<think>hm</think>b", "c", "d"), "alters what the assistant said"),
+        (FORGETS_REASONING, chat("a", "hm</think>b", "c", "hm</think>b"), "removes it once the conversation goes on"),
         (
             ALTERNATES_STRICTLY,
             chat("a", "b", "c", roles=("user", "user", "assistant")),
