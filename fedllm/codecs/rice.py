@@ -1,12 +1,12 @@
-"""``rice``: sparse positions as Golomb-Rice coded gaps, or as a bitmap where that is smaller.
+"""``rice``: sparse positions as Golomb-Rice coded gaps.
 
 Gaps ``g_0 = i_0``, ``g_j = i_j - i_{j-1} - 1`` of a random subset with density p are geometric, for which a Rice code with
 ``r = ceil(log2(-ln 2 / ln(1 - p)))`` is near the entropy (Golomb 1966; Rice 1979; Kiely, JPL TDA PR 42-159, 2004). Real
-updates cluster, so the encoder also tries the neighbouring parameters and keeps the shortest.
+updates cluster, so the encoder also tries the neighbouring parameters, and 0, and keeps the shortest.
 
-Bytes: none without positions. Else one byte: r (0 to 40), or 255 for a bitmap. A gap is ``g >> r`` zero bits, a one bit,
-then the r low bits of g; a bitmap is one bit per coordinate. Bits fill bytes from the lowest, numbers too; the last byte
-is padded with zeros.
+Bytes: none without positions. Else one byte r (0 to 40), then for each gap ``g >> r`` zero bits, a one bit, and the r low
+bits of g. Bits fill bytes from the lowest, numbers too; the last byte is padded with zeros. With r = 0 this is a bitmap
+that ends at the last position, so the code never needs more than one bit per coordinate.
 """
 
 # ruff: noqa: D102 (the methods are described in fedllm.codecs.stage)
@@ -26,7 +26,6 @@ from fedllm.codecs.stage import Buffer, Kind
 from fedllm.errors import CorruptPayloadError, explain
 
 MAX_RICE = 40
-BITMAP = 255
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,6 @@ class Rice:
             return b""
         gaps = np.diff(positions, prepend=-1) - 1
         num_bits, rice = min((_num_bits(gaps, rice), rice) for rice in _candidates(len(positions) / length))
-        if num_bits > length:
-            return bytes([BITMAP]) + _bitmap(positions, length)
         coded = np.zeros(-(-num_bits // 8), np.uint8)
         _write(gaps, rice, coded)
         return bytes([rice]) + coded.tobytes()
@@ -59,10 +56,8 @@ class Rice:
             _require(len(buffer) == 0, "bytes behind the last position")
             return np.zeros(0, np.int64)
         _require(len(buffer) > 0, "no positions")
+        _require(buffer[0] <= MAX_RICE, f"parameter {buffer[0]}, at most {MAX_RICE} is possible")
         body = np.frombuffer(buffer, np.uint8, offset=1)
-        if buffer[0] == BITMAP:
-            return _read_bitmap(body, length, count)
-        _require(buffer[0] <= MAX_RICE, "an unknown mode")
         positions = np.empty(count, np.int64)
         problem = _read(body, int(buffer[0]), length, positions)
         _require(
@@ -84,28 +79,13 @@ def best_rice(density: float) -> int:
     return max(0, math.ceil(math.log2(-math.log(2) / math.log1p(-density))))
 
 
-def _candidates(density: float) -> range:
+def _candidates(density: float) -> set[int]:
     best = best_rice(density)
-    return range(max(0, best - 2), min(MAX_RICE, best + 1) + 1)
+    return {0, *range(max(0, best - 2), min(MAX_RICE, best + 1) + 1)}
 
 
 def _num_bits(gaps: NDArray[np.int64], rice: int) -> int:
     return int((gaps >> rice).sum()) + len(gaps) * (1 + rice)
-
-
-def _bitmap(positions: NDArray[np.int64], length: int) -> bytes:
-    bits = np.zeros(length, np.uint8)
-    bits[positions] = 1
-    return np.packbits(bits, bitorder="little").tobytes()
-
-
-def _read_bitmap(body: NDArray[np.uint8], length: int, count: int) -> NDArray[np.int64]:
-    _require(len(body) == -(-length // 8), "a bitmap of another size")
-    bits = np.unpackbits(body, bitorder="little")
-    _require(not bits[length:].any(), "padding bits that are not zero")
-    positions: NDArray[np.int64] = np.flatnonzero(bits).astype(np.int64)
-    _require(len(positions) == count, "another number of positions")
-    return positions
 
 
 def _require(condition: bool, found: str) -> None:

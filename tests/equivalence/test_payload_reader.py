@@ -88,7 +88,7 @@ def read_segment(segment, n, stages, header, name, offset, total, ref):
             positions = positions[[starts[j] + splitmix(seed, j + 1) % sizes[j] for j in range(k)]]
     values, rest = read_values(segment, len(positions), next(stage for stage in stages if is_format(stage)))
     if before_topk is not None:
-        positions = before_topk[read_rice(rest, len(before_topk), len(positions))]
+        positions = before_topk[read_rice(rest, len(positions))]
     else:
         assert not rest
     flat = np.zeros(n, np.float32)
@@ -135,12 +135,10 @@ def read_values(data, m, stage):
     return np.repeat(steps, block)[:m] * np.array(levels, np.float32)[codes], data[end:]
 
 
-def read_rice(data, n, k):
+def read_rice(data, k):
     if k == 0:
         return []
     bits = "".join(f"{byte:08b}"[::-1] for byte in data[1:])
-    if data[0] == 255:
-        return [i for i in range(n) if bits[i] == "1"]
     at, position, positions = 0, -1, []
     for _ in range(k):
         one = bits.index("1", at)
