@@ -11,8 +11,25 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedllm.model.evaluate import evaluate_loss
+from fedllm.model.generate import answer, without_adapter
+from peft import PeftModel
+
+from client_app.memory import Memory
+from client_app.progress import Progress
+from client_app.training import StepReport, TrainPlan, TrainResult, train
+from client_app.transports import build_transport
+from client_app.workplace import Workplace
+from fedllm import rng
+from fedllm.agreement import Agreement, describe_quantization
+from fedllm.codecs.feedback import ErrorFeedback, relative_norm
+from fedllm.codecs.payload import encode_payload, open_payload
+from fedllm.codecs.pipeline import parse
+from fedllm.config import RunConfig
 from fedllm.data.batches import batch_stream
 from fedllm.data.prepare import SiteData, prepare_site
+from fedllm.errors import AgreementError, CorruptPayloadError, StaleStateError, explain
+from fedllm.messages import Instruction, Score, StateInstruction, TrainInstruction
 from fedllm.model.build import (
     LoadedBase,
     adapter_target_modules,
@@ -22,27 +39,12 @@ from fedllm.model.build import (
     read_adapter,
     write_adapter,
 )
-from fedllm.model.evaluate import evaluate_loss
-from fedllm.model.generate import answer, without_adapter
-from peft import PeftModel
-
-from client_app.progress import Progress
-from client_app.training import StepReport, TrainPlan, TrainResult, train
-from client_app.workplace import Workplace
-from fedllm import rng
-from fedllm.agreement import Agreement, describe_quantization
-from fedllm.codecs.payload import encode_payload, open_payload
-from fedllm.config import RunConfig
-from fedllm.errors import AgreementError, explain
-from fedllm.messages import EvaluateInstruction, Instruction, LocalOnlyInstruction, Score, TrainInstruction
+from fedllm.model.initial import initial_arrays
 from fedllm.provenance import versions
-from fedllm.update import Arrays, Layout, check_arrays
-from fedllm.wire.inline import InlineClientTransport
-from fedllm.wire.transport import ClientTransport, Envelope
+from fedllm.update import Arrays, Layout, digest_arrays
+from fedllm.wire.transport import Envelope
 
 log = logging.getLogger(__name__)
-
-StateInstruction = TrainInstruction | EvaluateInstruction | LocalOnlyInstruction
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Session:
     model: PeftModel
     layout: Layout
     data: SiteData
+
+    @property
+    def memory(self) -> Memory:
+        """What the site remembers of this run."""
+        return Memory(self.workplace.state_dir, self.layout, self.base.fingerprint)
 
     @property
     def agreement(self) -> Agreement:
@@ -93,42 +100,95 @@ class Session:
             f"{holdout.num_examples} held out; base from {source} in {self.base.seconds:.1f} s"
         )
 
-    def fetch(self, instruction: StateInstruction, envelope: Envelope) -> Arrays:
-        """Return the global state that an instruction offers, checked against the layout.
+    def obtain(self, instruction: StateInstruction, envelope: Envelope) -> Arrays:
+        """Return the global state that an instruction starts from, the same bits as at every other site.
 
         Raises:
             AgreementError: The server's layout or base is another one.
-            PayloadError: What arrived is not a state.
+            StaleStateError: The site does not hold what the server thought.
+            PayloadError: What arrived is not the state.
         """
         self._check_agreed(instruction)
-        folder = _folder(self.workplace.state_dir)
-        path = self._transport().fetch(envelope, folder / "state.payload")
-        with open_payload(path, layout=self.layout, base=self.base.fingerprint, max_bytes=None) as reader:
-            arrays = {name: reader.read(name) for name in self.layout.names}
-        check_arrays(arrays, self.layout, "the global state")
+        held = self.memory.held(instruction.state_id)
+        if held is not None:
+            return held
+        arrays = self._received(instruction, envelope)
+        found = digest_arrays(arrays, self.layout)
+        if found != instruction.state_id:
+            raise CorruptPayloadError(
+                explain("a state has another name after decoding", expected=instruction.state_id, found=found)
+            )
+        self.memory.hold(instruction.state_id, arrays, getattr(instruction, "round", 0))
+        return arrays
+
+    def _received(self, instruction: StateInstruction, envelope: Envelope) -> Arrays:
+        if instruction.delivery == "initial":
+            return initial_arrays(self.layout, self.config.seed)
+        reference = None
+        if instruction.delivery != "full":
+            reference = self.memory.held(instruction.reference_id)
+        if instruction.delivery == "held" or (instruction.delivery == "difference" and reference is None):
+            wanted = instruction.reference_id or instruction.state_id
+            raise StaleStateError(explain("the site does not hold a state", expected=wanted, where="state directory"))
+        path = build_transport(envelope, self.workplace.owner).fetch(envelope, self.memory.folder / "arrived.payload")
+        with open_payload(
+            path,
+            layout=self.layout,
+            base=self.base.fingerprint,
+            kind="state",
+            reference_id=instruction.reference_id,
+            reference=reference,
+        ) as payload:
+            arrays = {name: payload.restore(name) for name in payload.names}
+        path.unlink()
         return arrays
 
     def load(self, arrays: Arrays) -> None:
         """Put a state into the model."""
         write_adapter(self.model, self.layout, arrays)
 
-    def push(self, instruction: TrainInstruction, envelope: Envelope, delta: Arrays) -> Envelope:
-        """Encode a delta and deliver it; return what goes into the reply."""
-        path = _folder(self.workplace.state_dir) / "update.payload"
-        encode_payload(
+    def encode(self, instruction: TrainInstruction, received: Arrays, trained: Arrays) -> tuple[Path, float]:
+        """Encode what a round changed, with what earlier rounds left unsent.
+
+        Returns:
+            The update's file, and the norm of what is left unsent now over the norm of the update, 0 without feedback.
+        """
+        delta: Arrays = {name: trained[name] - received[name] for name in received}
+        transport, round_ = self.config.transport, instruction.round
+        feedback = None
+        if transport.error_feedback and not parse(transport.uplink).is_lossless:
+            feedback = ErrorFeedback(transport.feedback_beta, transport.feedback_max_age)
+        intended = self._compensated(feedback, delta, instruction) if feedback else delta
+        path = self.memory.update_path(round_)
+        info = encode_payload(
             path,
-            delta,
+            intended,
             self.layout,
             kind="update",
-            round_=instruction.round,
+            round_=round_,
             base=self.base.fingerprint,
-            pipeline=self.config.transport.uplink,
+            pipeline=transport.uplink,
             reference_id=instruction.state_id,
+            reference=received,
             is_difference=True,
             seed=self.config.seed,
             site=self.workplace.site,
+            site_index=instruction.site_index,
+            want_decoded=feedback is not None,
         )
-        return self._transport().push(envelope, path)
+        if feedback is None or info.decoded is None:
+            return path, 0.0
+        residual = feedback.residual(intended, info.decoded)
+        self.memory.keep_residual(round_, residual)
+        return path, relative_norm(residual, delta)
+
+    def _compensated(self, feedback: ErrorFeedback, delta: Arrays, instruction: TrainInstruction) -> Arrays:
+        left = self.memory.residual(instruction.round, instruction.last_folded)
+        return feedback.compensate(delta, feedback.carried(*left) if left else None)
+
+    def push(self, update: Path, envelope: Envelope) -> Envelope:
+        """Deliver an encoded update; return what goes into the reply."""
+        return build_transport(envelope, self.workplace.owner).push(envelope, update)
 
     def train(
         self, start: Arrays, *, first_step: int, num_steps: int, round_: int, title: str
@@ -191,9 +251,6 @@ class Session:
             seed=seed,
         )
 
-    def _transport(self) -> ClientTransport:
-        return InlineClientTransport()
-
     def _check_agreed(self, instruction: StateInstruction) -> None:
         pairs = {"layout": (instruction.layout, self.layout.digest), "base": (instruction.base, self.base.fingerprint)}
         for what, (theirs, ours) in pairs.items():
@@ -232,8 +289,3 @@ def _prepare(workplace: Workplace, config: RunConfig, base: LoadedBase) -> SiteD
 
 
 _PREPARED: dict[tuple[Workplace, str, str, int], SiteData] = {}
-
-
-def _folder(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    return path

@@ -12,6 +12,7 @@ import difflib
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -62,6 +63,25 @@ class HardwareSection(Section):
     """CPU threads, 0 for the run's choice."""
 
 
+class TransportSection(Section):
+    """How the site reaches the server's update stream; without effect where a run's updates ride in Flower's messages."""
+
+    address: str = ""
+    """`host:port` to connect to, empty for the one that the server names."""
+
+    ca: Path | None = None
+    """PEM file of the federation's authority; none trusts the system's authorities."""
+
+    certificate: Path | None = None
+    """PEM file of the site's own certificate, where the server asks for one."""
+
+    key: Path | None = None
+    """PEM file of the private key that belongs to it."""
+
+    insecure: bool = False
+    """Let the update stream go unencrypted. Only for a closed network."""
+
+
 class SiteConfig(Section):
     """Everything that a data owner decides."""
 
@@ -69,6 +89,7 @@ class SiteConfig(Section):
     data: SiteDataSection
     paths: PathsSection = PathsSection()
     hardware: HardwareSection = HardwareSection()
+    transport: TransportSection = TransportSection()
 
     home: Path
     """Folder of the file, which its relative paths count from; not a key of the file."""
@@ -96,9 +117,17 @@ def load_site_config(path: Path) -> SiteConfig:
     home = path.absolute().parent
     config = validated(SiteConfig, values | {"home": home}, str(path))
     config.merged_data(DataConfig())  # refuses an unknown format here and not in the first round
-    paths = {name: home / Path(value).expanduser() for name, value in config.paths.model_dump().items()}
     data = config.data.model_copy(update={"source": absolute(config.data.source, home)})
-    return config.model_copy(update={"paths": PathsSection(**paths), "data": data})
+    paths, transport = _absolute_paths(config.paths, home), _absolute_paths(config.transport, home)
+    return config.model_copy(update={"paths": paths, "transport": transport, "data": data})
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def _absolute_paths(section: SectionT, home: Path) -> SectionT:
+    paths = {name: value for name, value in section if isinstance(value, Path)}
+    return section.model_copy(update={name: home / path.expanduser() for name, path in paths.items()})
 
 
 def _read_toml(path: Path) -> dict[str, object]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
+from pathlib import Path
 
-from client_app.session import open_session
+from client_app.session import Session, open_session
 from client_app.workplace import Workplace
 from fedllm.errors import TransportError, explain
 from fedllm.messages import (
@@ -20,7 +22,6 @@ from fedllm.messages import (
     TrainInstruction,
     TrainReport,
 )
-from fedllm.update import Arrays
 from fedllm.wire.transport import Envelope
 
 log = logging.getLogger(__name__)
@@ -74,24 +75,45 @@ def greet(instruction: Hello, workplace: Workplace) -> Answer:
 
 
 def train_round(instruction: TrainInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
-    """Train from the global state and hand in the delta."""
-    started = time.perf_counter()
+    """Train from the global state and hand in the delta; a request that was done before is answered from disk."""
     session = open_session(instruction, workplace)
-    received = session.fetch(instruction, envelope)
+    request = _request(instruction)
+    done = session.memory.finished(instruction.round, request)
+    if done is None:
+        update, report = _train(session, instruction, envelope)
+        session.memory.finish(instruction.round, request, report.model_dump_json())
+    else:
+        update, report = done[0], TrainReport.model_validate_json(done[1])
+        log.info("%s round %d was done before; sending it again", workplace.site, instruction.round)
+    started = time.perf_counter()
+    back = session.push(update, envelope)
+    phases = {**report.phases, "push": time.perf_counter() - started}
+    return report.model_copy(update={"phases": phases}), back
+
+
+def _request(instruction: TrainInstruction) -> str:
+    """Return a name for what is asked, the same when it is asked again."""
+    varying = {"attempt", "delivery", "reference_id", "run_folder"}
+    return hashlib.sha256(instruction.model_dump_json(exclude=varying).encode()).hexdigest()
+
+
+def _train(session: Session, instruction: TrainInstruction, envelope: Envelope) -> tuple[Path, TrainReport]:
+    started = time.perf_counter()
+    site = session.workplace.site
+    received = session.obtain(instruction, envelope)
     fetched = time.perf_counter()
     result, trained = session.train(
         received,
         first_step=instruction.first_step,
         num_steps=session.config.train.local_steps,
         round_=instruction.round,
-        title=f"{workplace.site} round {instruction.round}",
+        title=f"{site} round {instruction.round}",
     )
     finished = time.perf_counter()
-    delta: Arrays = {name: trained[name] - received[name] for name in received}
-    back = session.push(instruction, envelope, delta)
-    phases = {"fetch": fetched - started, "train": finished - fetched, "push": time.perf_counter() - finished}
+    update, residual_norm = session.encode(instruction, received, trained)
+    ended = time.perf_counter()
     report = TrainReport(
-        site=workplace.site,
+        site=site,
         round=instruction.round,
         num_examples=session.data.report.train.num_examples,
         num_tokens=result.num_target_tokens,
@@ -99,17 +121,18 @@ def train_round(instruction: TrainInstruction, envelope: Envelope, workplace: Wo
         loss=result.loss_mean,
         loss_last=result.loss_last,
         grad_norm=result.grad_norm_mean,
-        seconds=time.perf_counter() - started,
-        phases=phases,
+        seconds=ended - started,
+        residual_norm=residual_norm,
+        phases={"fetch": fetched - started, "train": finished - fetched, "encode": ended - finished},
     )
-    return report, back
+    return update, report
 
 
 def evaluate(instruction: EvaluateInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
     """Evaluate the global state on the site's hold-out, and answer the prompt if there is one."""
     started = time.perf_counter()
     session = open_session(instruction, workplace)
-    session.load(session.fetch(instruction, envelope))
+    session.load(session.obtain(instruction, envelope))
     score = session.score()
     base, tuned = session.answer(instruction.prompt) if instruction.prompt else ("", "")
     report = EvaluateReport(
@@ -127,7 +150,7 @@ def train_alone(instruction: LocalOnlyInstruction, envelope: Envelope, workplace
     """Train from the first global state on the site's own data only, with the federation's steps and schedule."""
     started = time.perf_counter()
     session = open_session(instruction, workplace)
-    received = session.fetch(instruction, envelope)
+    received = session.obtain(instruction, envelope)
     result, _ = session.train(
         received, first_step=0, num_steps=instruction.num_steps, round_=0, title=f"{workplace.site} alone"
     )

@@ -109,6 +109,9 @@ class RoundsConfig(Section):
     deadline_s: float = Field(3600.0, gt=0)
     """Seconds after which a round closes with the replies that came."""
 
+    resends: int = Field(1, ge=0)
+    """Times a site is asked again within a round after its reply was lost or it lacked the state."""
+
     max_attempts: int = Field(3, ge=1)
     """Times a round is tried before the run ends for want of a quorum."""
 
@@ -138,6 +141,12 @@ class StrategyConfig(Section):
     server_tau: float = Field(1e-3, gt=0)
     """Added to the root of the second moment: how adaptive `adagrad`, `adam` and `yogi` are."""
 
+    server_anneal: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the server's learning rate over the rounds; sparse uplinks with error feedback need a falling one."""
+
+    server_final_rate: float = Field(0.1, ge=0, le=1)
+    """Share of the server's learning rate that is left in the last round, where it is annealed."""
+
     weighting: Literal["examples", "tokens", "uniform"] = "examples"
     """What a site's weight in the average is."""
 
@@ -164,17 +173,48 @@ class EvaluationConfig(Section):
 class TransportConfig(Section):
     """How updates travel."""
 
-    kind: Literal["flower"] = "flower"
-    """`flower`: packed into one array inside Flower's message."""
+    kind: Literal["grpc", "flower"] = "grpc"
+    """`grpc`: the update stream beside Flower's messages; `flower`: packed into one array inside them, for sites that may
+    open a single port."""
 
-    uplink: str = "fp32"
-    """Codec pipeline of updates from sites to the server."""
+    uplink: str = "delta|int8:256|zstd:3"
+    """Codec pipeline of updates from sites to the server; it always encodes the delta, whether it says so or not."""
 
-    downlink: str = "fp32"
-    """Codec pipeline of the global state from the server to sites."""
+    downlink: str = "delta|int8:256|zstd:3"
+    """Codec pipeline of the global state from the server to sites; with `delta`, the difference to what a site holds."""
+
+    error_feedback: bool = True
+    """Add what a lossy uplink dropped to the site's next update; without effect for a lossless one."""
+
+    feedback_beta: float = Field(1.0, gt=0, le=1)
+    """Share of that residual which is carried on."""
+
+    feedback_max_age: int = Field(10, ge=0)
+    """Rounds after which a residual is dropped, 0 for never."""
 
     max_update_bytes: int = Field(1 << 30, ge=1024)
     """Largest payload that is accepted from a site, in bytes."""
+
+    bind: str = "127.0.0.1"
+    """Address on which the server's update stream listens."""
+
+    ports: str = "9200-9299"
+    """Port of the update stream, or a range of which the first free one is taken."""
+
+    advertise: str = ""
+    """`host:port` that sites connect to, such as a gateway's; empty for the address that the server listens on."""
+
+    tls_certificate: str = ""
+    """PEM file of the update stream's certificate chain, on the server."""
+
+    tls_key: str = ""
+    """PEM file of the private key that belongs to it, on the server."""
+
+    tls_client_ca: str = ""
+    """PEM file of the authority that signs sites' certificates; empty asks sites for none."""
+
+    insecure: bool = False
+    """Let the update stream go unencrypted. In simulation it is, since it never leaves the machine's loopback."""
 
 
 class RunConfig(Section):
@@ -226,6 +266,11 @@ class RunConfig(Section):
     def _check_across_sections(self) -> RunConfig:
         if self.train.optimizer in ("adamw-8bit", "adamw-paged") and self.deterministic:
             raise ValueError(f"train.optimizer={self.train.optimizer!r} is not deterministic; set deterministic=false")
+        transport = self.transport
+        if bool(transport.tls_certificate) != bool(transport.tls_key):
+            raise ValueError("transport.tls_certificate and transport.tls_key belong together; one of them is missing")
+        if transport.tls_certificate and transport.insecure:
+            raise ValueError("transport.insecure contradicts transport.tls_certificate; remove one of them")
         return self
 
 

@@ -16,7 +16,8 @@
     │       ├── OversizedPayloadError   more bytes than the layout can need
     │       └── PayloadVersionError     written by a format this release does not read
     ├── TransportError     bytes could not be moved                                 (RuntimeError)
-    │   └── TicketError        a ticket is wrong, expired, used or foreign
+    │   ├── TicketError        a ticket is wrong, expired, used or foreign
+    │   └── StaleStateError    a site lacks the state that it was thought to hold
     ├── TrainingError      local training cannot go on (a non-finite loss)          (RuntimeError)
     ├── QuorumError        too few usable replies, repeatedly                       (RuntimeError)
     ├── CheckpointError    a run's folder cannot be written, read or resumed        (RuntimeError)
@@ -86,6 +87,10 @@ class TransportError(FedLLMError, RuntimeError):
 
 class TicketError(TransportError):
     """A ticket is wrong, expired, already used, or made for someone else."""
+
+
+class StaleStateError(TransportError):
+    """A site lacks the state that the server thought it held; it needs the whole state."""
 
 
 class TrainingError(FedLLMError, RuntimeError):

@@ -89,27 +89,53 @@ class Introduction(Message):
     base_from_cache: bool
 
 
-class TrainInstruction(Instruction):
+Delivery = Literal["held", "initial", "full", "difference"]
+
+
+class StateInstruction(Instruction):
+    """An instruction that starts from a global state.
+
+    Attributes:
+        state_id: Name of the state: :func:`fedllm.update.digest_arrays` of what a site decodes.
+        delivery: How the site gets it: it holds it already, it draws it from the seed, it fetches it whole, or it
+            fetches the difference to the state `reference_id`, which it holds.
+        layout: Digest of the adapter's layout.
+        base: Fingerprint that the payloads carry.
+    """
+
+    state_id: str
+    delivery: Delivery
+    reference_id: str = ""
+    layout: str
+    base: str
+
+
+class TrainInstruction(StateInstruction):
     """Train from the global state for one round and hand in the delta.
 
     Attributes:
-        state_id: Digest of the global state's payload.
         first_step: Index of the round's first local step among all steps of the federation.
-        base: Fingerprint that the payloads carry.
+        last_folded: The last round in which this site's update was folded, 0 for none: what it may forget.
+        site_index: The site's number among the sites asked, for round-robin codecs.
+        trainable: Roles of the tensors that are trained and sent, empty for all.
     """
 
     kind: Literal["train"] = "train"
     round: int = Field(ge=1)
     attempt: int = Field(ge=1)
-    state_id: str
-    layout: str
-    base: str
+    last_folded: int = Field(0, ge=0)
+    site_index: int = Field(0, ge=0)
     first_step: int = Field(ge=0)
     trainable: tuple[str, ...] = ()
 
 
 class TrainReport(Message):
-    """A site's account of its training; the delta travels beside it."""
+    """A site's account of its training; the delta travels beside it.
+
+    Attributes:
+        loss: Mean loss over the round's target tokens.
+        residual_norm: Norm of what error feedback keeps back, over the norm of the update; 0 without.
+    """
 
     kind: Literal["trained"] = "trained"
     site: Name
@@ -121,10 +147,11 @@ class TrainReport(Message):
     loss_last: Finite
     grad_norm: Finite
     seconds: Finite
+    residual_norm: Finite = 0.0
     phases: dict[str, Finite] = {}
 
 
-class EvaluateInstruction(Instruction):
+class EvaluateInstruction(StateInstruction):
     """Evaluate the global state on the site's hold-out.
 
     Attributes:
@@ -133,9 +160,6 @@ class EvaluateInstruction(Instruction):
 
     kind: Literal["evaluate"] = "evaluate"
     round: int = Field(ge=0)
-    state_id: str
-    layout: str
-    base: str
     prompt: str = ""
 
 
@@ -165,16 +189,13 @@ class EvaluateReport(Message):
     seconds: Finite
 
 
-class LocalOnlyInstruction(Instruction):
+class LocalOnlyInstruction(StateInstruction):
     """Train alone from the first global state for as many steps as the federation took, and evaluate.
 
     The trained adapter stays at the site; only scores come back.
     """
 
     kind: Literal["local-only"] = "local-only"
-    state_id: str
-    layout: str
-    base: str
     num_steps: int = Field(ge=1)
 
 

@@ -153,6 +153,17 @@ def zeros(layout: Layout) -> Arrays:
     return {spec.name: np.zeros(spec.shape, np.float32) for spec in layout.tensors}
 
 
+def digest_arrays(arrays: Mapping[str, NDArray[np.float32]], layout: Layout) -> str:
+    """Return the SHA-256 over the arrays' little-endian float32 bytes in the layout's order: what a state is called.
+
+    Both ends compute it after decoding, so a state's name says that they hold the same bits, however it travelled.
+    """
+    digest = hashlib.sha256(layout.digest.encode())
+    for name in layout.names:
+        digest.update(np.ascontiguousarray(arrays[name], dtype="<f4").data)
+    return digest.hexdigest()
+
+
 def check_arrays(arrays: Mapping[str, NDArray[np.generic]], layout: Layout, where: str) -> None:
     """Refuse arrays that do not fit the layout or are not finite.
 

@@ -6,7 +6,6 @@ It reads the run config, opens the run's folder, puts the parts together, and ha
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -19,13 +18,14 @@ from fedllm.logs import set_up_logging
 from fedllm.manifest import Manifest
 from fedllm.messages import Hello
 from fedllm.runs import RunFolder, calling_app, git_revision, resolve_home
-from fedllm.wire.inline import InlineServerTransport
+from server_app.broadcast import Broadcaster
 from server_app.checkpoint import RunState, load_latest
 from server_app.exchange import Exchange
 from server_app.federation import Federation
 from server_app.loop import Loop
 from server_app.recorder import Recorder
 from server_app.roster import Roster
+from server_app.transports import SPOOL, build_transport
 from strategies.registry import build_strategy
 
 log = logging.getLogger(__name__)
@@ -125,8 +125,7 @@ def _federation(
     recorder: Recorder,
     fixed_sites: bool,
 ) -> Federation:
-    spool = folder.path / "spool"
-    shutil.rmtree(spool, ignore_errors=True)
+    transport = build_transport(config, folder, is_simulation=fixed_sites)
     exchange = Exchange(grid)
     hello = Hello(run=folder.name, run_folder=str(folder.path), config=flatten(config))
 
@@ -146,7 +145,8 @@ def _federation(
             agreement=state.agreement if state else None,
         ),
         strategy=build_strategy(config),
-        transport=InlineServerTransport(spool),
+        transport=transport,
+        broadcaster=Broadcaster(config, transport, folder.path / SPOOL),
     )
 
 

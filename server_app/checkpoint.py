@@ -1,9 +1,9 @@
 """Checkpoints: everything needed to go on from a round, written so that a crash leaves the old one or the new one.
 
-A checkpoint is a folder ``round-00003`` with ``params.safetensors``, one ``optimizer-<moment>.safetensors`` for each of the
-optimizer's moments, and ``state.json`` with the counters and the SHA-256 of every other file. It is filled under another
-name, brought to the disk, and renamed. All draws are derived from seed and round (:mod:`fedllm.rng`), so no generator's
-state needs to be kept.
+A checkpoint is a folder ``round-00003`` with ``params.safetensors``, ``sent.safetensors`` (what the sites decoded last),
+one ``optimizer-<moment>.safetensors`` for each of the optimizer's moments, and ``state.json`` with the counters and the
+SHA-256 of every other file. It is filled under another name, brought to the disk, and renamed. All draws are derived from
+seed and round (:mod:`fedllm.rng`), so no generator's state needs to be kept.
 
 Evolution: ``state.json`` has a ``version``; a release reads the versions it knows and says so otherwise.
 """
@@ -30,7 +30,7 @@ from strategies.slots import OptimizerState
 log = logging.getLogger(__name__)
 
 VERSION = 1
-_STATE, _PARAMS, _PREFIX = "state.json", "params.safetensors", "optimizer-"
+_STATE, _PARAMS, _SENT, _PREFIX = "state.json", "params.safetensors", "sent.safetensors", "optimizer-"
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class RunState:
     Attributes:
         round: Rounds done.
         params: The global adapter after that round.
+        sent: What the sites decoded last, the state that the next one is sent as a difference to.
         optimizer: The server optimizer's memory.
         layout: The adapter's layout.
         target_modules: Names of the adapted modules, for PEFT's config.
@@ -48,6 +49,7 @@ class RunState:
 
     round: int
     params: Arrays
+    sent: Arrays
     optimizer: OptimizerState
     layout: Layout
     target_modules: tuple[str, ...]
@@ -83,6 +85,7 @@ def save_checkpoint(folder: Path, state: RunState, keep: int) -> Path:
 
 def _write(folder: Path, state: RunState) -> None:
     save_file(state.params, folder / _PARAMS)
+    save_file(state.sent, folder / _SENT)
     for moment, arrays in state.optimizer.moments.items():
         save_file(arrays, folder / f"{_PREFIX}{moment}.safetensors")
     digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
@@ -136,6 +139,7 @@ def _read(folder: Path) -> RunState:
     return RunState(
         round=document["round"],
         params=_load(folder / _PARAMS, layout),
+        sent=_load(folder / _SENT, layout),
         optimizer=OptimizerState(document["optimizer_step"], moments),
         layout=layout,
         target_modules=tuple(document["target_modules"]),

@@ -13,16 +13,16 @@ from fedllm.messages import (
     EvaluateInstruction,
     EvaluateReport,
     Failure,
-    Instruction,
     LocalOnlyInstruction,
     LocalOnlyReport,
     Score,
+    StateInstruction,
 )
-from fedllm.update import Arrays
-from fedllm.wire.transport import Envelope
+from server_app.broadcast import Broadcast
 from server_app.central import central_score
 from server_app.checkpoint import RunState
-from server_app.federation import Broadcast, Federation
+from server_app.dialogue import Dialogue
+from server_app.federation import Federation
 from server_app.roster import Member
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Scores:
 def evaluate(federation: Federation, state: RunState) -> Scores | None:
     """Have every site evaluate the global state, and record it; None if no site could."""
     started = time.monotonic()
-    poll = _Poll(federation, state, state.params, EvaluateInstruction, {"round": state.round})
+    poll = _Poll(federation, state, federation.broadcaster.prepare(state), EvaluateInstruction, {"round": state.round})
     replies = poll.ask(federation.roster.available(), federation.config.rounds.deadline_s)
     scores = Scores({site: message.score for site, message in replies.items() if isinstance(message, EvaluateReport)})
     if not scores.sites:
@@ -95,17 +95,19 @@ def ask_prompt(federation: Federation, state: RunState) -> None:
     if not prompt:
         return
     first = dict(list(federation.roster.available().items())[:1])
-    poll = _Poll(federation, state, state.params, EvaluateInstruction, {"round": state.round, "prompt": prompt})
+    fields = {"round": state.round, "prompt": prompt}
+    poll = _Poll(federation, state, federation.broadcaster.prepare(state), EvaluateInstruction, fields)
     for site, message in poll.ask(first, federation.config.rounds.deadline_s).items():
         if isinstance(message, EvaluateReport):
             answers = {"base": message.answer_base, "federated": message.answer}
             federation.recorder.record({"event": "answer", "prompt": prompt, "site": site, **answers})
 
 
-def local_only(federation: Federation, state: RunState, initial: Arrays) -> None:
+def local_only(federation: Federation, state: RunState) -> None:
     """Have every site train alone from the first state for the federation's steps, and record its score."""
     started = time.monotonic()
-    poll = _Poll(federation, state, initial, LocalOnlyInstruction, {"num_steps": federation.config.total_steps})
+    fields = {"num_steps": federation.config.total_steps}
+    poll = _Poll(federation, state, federation.broadcaster.initial(state), LocalOnlyInstruction, fields)
     patience_s = federation.config.rounds.deadline_s * federation.config.num_rounds
     replies = poll.ask(federation.roster.available(), patience_s)
     scores = Scores({site: message.score for site, message in replies.items() if isinstance(message, LocalOnlyReport)})
@@ -115,12 +117,12 @@ def local_only(federation: Federation, state: RunState, initial: Arrays) -> None
 
 
 class _Poll:
-    """Sends one state and one question to sites and collects their answers.
+    """One question about one state to several sites, without updates.
 
     Args:
         federation: What the phases share.
         state: Where the federation stands.
-        arrays: The state to send.
+        broadcast: The state to send.
         kind: Class of the instruction.
         fields: Its own fields.
     """
@@ -129,11 +131,11 @@ class _Poll:
         self,
         federation: Federation,
         state: RunState,
-        arrays: Arrays,
+        broadcast: Broadcast,
         kind: type[EvaluateInstruction] | type[LocalOnlyInstruction],
         fields: Mapping[str, object],
     ) -> None:
-        self._federation, self._state, self._arrays = federation, state, arrays
+        self._federation, self._state, self._broadcast = federation, state, broadcast
         self._kind, self._fields = kind, fields
         self.bytes_down = 0
 
@@ -142,35 +144,15 @@ class _Poll:
         federation, round_ = self._federation, self._state.round
         federation.transport.open_round(round_)
         try:
-            broadcast = federation.broadcast(self._state, self._arrays, f"{self._kind.__name__}-{round_:05d}")
-            pending = federation.exchange.send(self._messages(sites, broadcast), group=f"round-{round_}")
-            self.bytes_down = broadcast.num_bytes * len(sites)
-            names = {member.node: name for name, member in sites.items()}
-            replies = federation.exchange.replies(pending, time.monotonic() + timeout_s)
-            answers = {names[reply.node]: reply.message for reply in replies}
+            dialogue = Dialogue(federation, self._state, self._broadcast, round_, self._make, with_update=False)
+            answers = {site: reply.message for site, reply in dialogue.ask(sites, timeout_s)}
         finally:
             federation.transport.close_round(round_)
+        self.bytes_down = dialogue.bytes_down
         for site, message in answers.items():
             if isinstance(message, Failure):
                 log.warning("%s could not do what was asked: %s: %s", site, message.error, message.reason)
         return answers
 
-    def _messages(
-        self, sites: Mapping[str, Member], broadcast: Broadcast
-    ) -> dict[int, tuple[Instruction, Envelope | None]]:
-        instruction = self._kind.model_validate(
-            {
-                **self._federation.instruction,
-                "state_id": broadcast.state_id,
-                "layout": self._state.layout.digest,
-                "base": self._state.agreement.base,
-                **self._fields,
-            }
-        )
-        return {
-            member.node: (
-                instruction,
-                self._federation.offer(self._state.round, name, broadcast.state_id, with_update=False),
-            )
-            for name, member in sites.items()
-        }
+    def _make(self, site: str, common: Mapping[str, object]) -> StateInstruction:  # noqa: ARG002
+        return self._kind.model_validate({**common, **self._fields})

@@ -1,4 +1,4 @@
-"""What the phases of a run share, and the state that the federation is in: see :mod:`server_app.loop` for the course."""
+"""What the phases of a run share: see :mod:`server_app.loop` for their course."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.codecs.payload import encode_payload
-from fedllm.config import RunConfig, Scalar, flatten
+from fedllm.config import RunConfig, flatten
 from fedllm.runs import RunFolder
-from fedllm.update import Arrays
-from fedllm.wire.transport import Envelope, ServerTransport
-from server_app.checkpoint import RunState
+from fedllm.wire.transport import ServerTransport
+from server_app.broadcast import Broadcaster
 from server_app.exchange import Exchange
 from server_app.recorder import Recorder
 from server_app.roster import Roster
@@ -21,21 +19,6 @@ from strategies.slots import Strategy
 
 
 @dataclass(frozen=True)
-class Broadcast:
-    """An encoded global state that sites can fetch.
-
-    Attributes:
-        state_id: The payload's digest.
-        num_bytes: Its size.
-        arrays: What a site decodes from it.
-    """
-
-    state_id: str
-    num_bytes: int
-    arrays: Arrays
-
-
-@dataclass
 class Federation:
     """What the phases of a run share.
 
@@ -47,6 +30,7 @@ class Federation:
         roster: Who takes part.
         strategy: The four slots.
         transport: How payloads travel.
+        broadcaster: Which states travel.
     """
 
     config: RunConfig
@@ -56,52 +40,17 @@ class Federation:
     roster: Roster
     strategy: Strategy
     transport: ServerTransport
+    broadcaster: Broadcaster
 
     @property
     def instruction(self) -> dict[str, object]:
         """Fields that every instruction has."""
-        flat: dict[str, Scalar] = flatten(self.config)
-        return {"run": self.folder.name, "run_folder": str(self.folder.path), "config": flat}
+        return {"run": self.folder.name, "run_folder": str(self.folder.path), "config": flatten(self.config)}
 
     @property
     def home(self) -> Path:
         """Folder that holds ``runs/``; relative paths start there."""
         return self.folder.path.parent.parent
-
-    @property
-    def spool(self) -> Path:
-        """Folder of payloads under way, emptied when the server starts."""
-        return self.folder.path / "spool"
-
-    def broadcast(self, state: RunState, arrays: Arrays, name: str) -> Broadcast:
-        """Encode a state, make it available, and return what a site will decode from it.
-
-        Args:
-            state: Where the federation stands.
-            arrays: What to send.
-            name: File name of the payload without suffix.
-        """
-        path = self.spool / f"{name}.payload"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        info = encode_payload(
-            path,
-            arrays,
-            state.layout,
-            kind="state",
-            round_=state.round,
-            base=state.agreement.base,
-            pipeline=self.config.transport.downlink,
-            seed=self.config.seed,
-            want_decoded=True,
-        )
-        assert info.decoded is not None, "asked for"
-        self.transport.publish(info.digest, path)
-        return Broadcast(info.digest, info.num_bytes, info.decoded)
-
-    def offer(self, round_: int, site: str, state_id: str, *, with_update: bool) -> Envelope:
-        """Return the transport's part of an instruction to one site."""
-        limit = self.config.transport.max_update_bytes if with_update else 0
-        return self.transport.offer(round_=round_, site=site, state_id=state_id, max_update_bytes=limit)
 
 
 class Stopwatch:

@@ -20,12 +20,13 @@ from fedllm.manifest import Manifest, SiteCounts
 from fedllm.messages import Introduction
 from fedllm.model.export import save_peft_adapter
 from fedllm.model.initial import initial_arrays
-from fedllm.update import Arrays, Layout
+from fedllm.update import Layout
 from server_app.checkpoint import RunState, save_checkpoint
 from server_app.evaluation import Scores, ask_prompt, evaluate, local_only
 from server_app.federation import Federation
 from server_app.report import build_report
 from server_app.training import train_round
+from server_app.transports import SPOOL
 from strategies.slots import OptimizerState
 
 log = logging.getLogger(__name__)
@@ -64,9 +65,11 @@ class Loop:
         roster, introduction = self.federation.roster, self._introduction()
         layout = Layout.from_json(introduction.layout)
         assert roster.agreement is not None, "gather() has settled it"
+        arrays = initial_arrays(layout, self.federation.config.seed)
         return RunState(
             round=0,
-            params=initial_arrays(layout, self.federation.config.seed),
+            params=arrays,
+            sent=arrays,
             optimizer=OptimizerState(),
             layout=layout,
             target_modules=tuple(introduction.target_modules),
@@ -125,12 +128,9 @@ class Loop:
         self._export(state, self.federation.folder.adapter.name)
         done = {event["event"] for event in recorder.events}
         if config.evaluation.local_only and "local_only" not in done:
-            local_only(self.federation, state, self._initial(state))
+            local_only(self.federation, state)
         if "answer" not in done:
             ask_prompt(self.federation, state)
-
-    def _initial(self, state: RunState) -> Arrays:
-        return initial_arrays(state.layout, self.federation.config.seed)
 
     def _export(self, state: RunState, name: str) -> None:
         save_peft_adapter(
@@ -181,7 +181,8 @@ class Loop:
                 }
             )
             recorder.close()
-            shutil.rmtree(self.federation.spool, ignore_errors=True)
+            self.federation.transport.close()
+            shutil.rmtree(folder.path / SPOOL, ignore_errors=True)
             build_report(folder)
 
     def _best_round(self) -> int | None:

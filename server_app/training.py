@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +17,12 @@ from fedllm.codecs.payload import PayloadReader, open_payload
 from fedllm.errors import FedLLMError, TransportError, UpdateError, explain
 from fedllm.messages import Failure, TrainInstruction, TrainReport
 from fedllm.update import Contribution
+from server_app.broadcast import Broadcast
 from server_app.checkpoint import RunState
+from server_app.dialogue import Dialogue
 from server_app.exchange import Reply
-from server_app.federation import Broadcast, Federation, Stopwatch
+from server_app.federation import Federation, Stopwatch
 from server_app.roster import Member
-from strategies.slots import Aggregation
 
 log = logging.getLogger(__name__)
 
@@ -70,22 +70,21 @@ def train_round(federation: Federation, state: RunState, round_: int, attempt: i
     watch = Stopwatch()
     with watch.phase("select"):
         chosen = _select(federation, round_, attempt)
-    with watch.phase("broadcast"):
-        federation.transport.open_round(round_)
-        broadcast = federation.broadcast(state, state.params, f"state-{round_ - 1:05d}")
-        pending = _send(federation, state, broadcast, chosen, round_, attempt)
+    federation.transport.open_round(round_)
     try:
+        with watch.phase("broadcast"):
+            broadcast = federation.broadcaster.prepare(state)
+        dialogue = _dialogue(federation, state, broadcast, sorted(chosen), round_, attempt)
         with watch.phase("train"):
-            harvest = _collect(federation, state, broadcast, chosen, pending, round_)
+            harvest = _collect(federation, state, broadcast, chosen, dialogue, round_)
         quorum = len(harvest.accepted) >= federation.config.rounds.min_sites
         moved, measured = None, {}
         if quorum:
             with watch.phase("aggregate"):
-                moved, measured = _aggregate(federation, state, harvest.accepted)
+                moved, measured = _aggregate(federation, state, broadcast, harvest.accepted)
     finally:
         federation.transport.close_round(round_)
-    bytes_down = broadcast.num_bytes * len(chosen)
-    federation.recorder.record(_event(harvest, round_, attempt, chosen, watch, measured, bytes_down, quorum))
+    federation.recorder.record(_event(harvest, round_, attempt, chosen, watch, measured, dialogue.bytes_down, quorum))
     return moved
 
 
@@ -96,31 +95,31 @@ def _select(federation: Federation, round_: int, attempt: int) -> dict[str, Memb
     return {name: available[name] for name in names}
 
 
-def _send(
-    federation: Federation,
-    state: RunState,
-    broadcast: Broadcast,
-    chosen: Mapping[str, Member],
-    round_: int,
-    attempt: int,
-) -> dict[str, int]:
-    instruction = TrainInstruction.model_validate(
-        {
-            **federation.instruction,
-            "round": round_,
-            "attempt": attempt,
-            "state_id": broadcast.state_id,
-            "layout": state.layout.digest,
-            "base": state.agreement.base,
-            "first_step": (round_ - 1) * federation.config.train.local_steps,
-            "trainable": federation.strategy.work.trainable,
-        }
-    )
-    messages = {
-        member.node: (instruction, federation.offer(round_, name, broadcast.state_id, with_update=True))
-        for name, member in chosen.items()
-    }
-    return federation.exchange.send(messages, group=f"round-{round_}")
+def _dialogue(
+    federation: Federation, state: RunState, broadcast: Broadcast, order: list[str], round_: int, attempt: int
+) -> Dialogue:
+    folded = _last_folded(federation)
+
+    def make(site: str, common: Mapping[str, object]) -> TrainInstruction:
+        return TrainInstruction.model_validate(
+            {
+                **common,
+                "round": round_,
+                "attempt": attempt,
+                "last_folded": folded.get(site, 0),
+                "site_index": order.index(site),
+                "first_step": (round_ - 1) * federation.config.train.local_steps,
+                "trainable": federation.strategy.work.trainable,
+            }
+        )
+
+    return Dialogue(federation, state, broadcast, round_, make, with_update=True)
+
+
+def _last_folded(federation: Federation) -> dict[str, int]:
+    """Return the last round in which each site's update was folded."""
+    rounds = [event for event in federation.recorder.events if event["event"] == "round"]
+    return {site: event["round"] for event in rounds for site in event["participants"]}
 
 
 def _collect(
@@ -128,20 +127,18 @@ def _collect(
     state: RunState,
     broadcast: Broadcast,
     chosen: Mapping[str, Member],
-    pending: dict[str, int],
+    dialogue: Dialogue,
     round_: int,
 ) -> Harvest:
     """Take replies as they come until enough are usable, all came, or the deadline passed."""
     harvest = Harvest()
-    sites = {member.node: name for name, member in chosen.items()}
     wanted = federation.strategy.sampler.num_wanted(len(federation.roster.available()) or len(chosen))
-    deadline = time.monotonic() + federation.config.rounds.deadline_s
-    for reply in federation.exchange.replies(pending, deadline):
-        _take(federation, state, broadcast, harvest, reply, sites[reply.node], round_)
+    for site, reply in dialogue.ask(chosen, federation.config.rounds.deadline_s):
+        _take(federation, state, broadcast, harvest, reply, site, round_)
         if len(harvest.accepted) >= min(wanted, len(chosen)) < len(chosen):
             break
-    for node in pending.values():
-        harvest.reject(sites[node], "no reply before the round closed")
+    for site in sorted(set(chosen) - set(harvest.accepted) - set(harvest.rejected)):
+        harvest.reject(site, "no reply before the round closed")
     for late in federation.exchange.late():
         site = federation.roster.name_of(late.node)
         if site not in harvest.rejected:
@@ -200,26 +197,25 @@ def _open(federation: Federation, state: RunState, path: Path, round_: int, broa
         kind="update",
         round_=round_,
         reference_id=broadcast.state_id,
+        reference=broadcast.arrays,
     )
 
 
 def _aggregate(
-    federation: Federation, state: RunState, accepted: Mapping[str, Accepted]
+    federation: Federation, state: RunState, broadcast: Broadcast, accepted: Mapping[str, Accepted]
 ) -> tuple[RunState, Mapping[str, float]]:
     """Fold the updates in the order of the sites' names and move the global state along the result."""
     aggregation = federation.strategy.aggregator.start(state.layout)
     for site in sorted(accepted):
-        _fold(federation, state, aggregation, accepted[site])
+        reply = accepted[site]
+        weight = _weight(federation.config.strategy.weighting, reply.report)
+        with _open(federation, state, reply.payload, reply.report.round, broadcast) as payload:
+            aggregation.fold(payload, Contribution(site, weight, {"loss": reply.report.loss}))
+        reply.payload.unlink()
     delta, measured = aggregation.finish()
     params, optimizer = federation.strategy.optimizer.apply(state.optimizer, state.params, delta)
-    return replace(state, round=state.round + 1, params=params, optimizer=optimizer), measured
-
-
-def _fold(federation: Federation, state: RunState, aggregation: Aggregation, reply: Accepted) -> None:
-    weight = _weight(federation.config.strategy.weighting, reply.report)
-    with open_payload(reply.payload, layout=state.layout, base=state.agreement.base) as payload:
-        aggregation.fold(payload, Contribution(reply.site, weight, {"loss": reply.report.loss}))
-    reply.payload.unlink()
+    moved = replace(state, round=state.round + 1, params=params, sent=broadcast.arrays, optimizer=optimizer)
+    return moved, measured
 
 
 def _weight(weighting: str, report: TrainReport) -> float:
@@ -268,6 +264,7 @@ def _site_numbers(report: TrainReport) -> dict[str, object]:
         "num_tokens": report.num_tokens,
         "num_steps": report.num_steps,
         "grad_norm": report.grad_norm,
+        "residual_norm": report.residual_norm,
         "seconds": report.seconds,
         "phases": report.phases,
     }

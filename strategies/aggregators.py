@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.update import Arrays, Contribution, Layout
-from strategies.slots import Aggregation, Measurements, TensorSource
+from strategies.slots import Aggregation, Measurements, UpdateSource
 
 
 class WeightedMean:
@@ -25,35 +25,43 @@ class WeightedMean:
 
 
 class _RunningMean:
-    """Running weighted sum in float64: about 1e-16 relative error a term, so folding order shows in no float32 bit but by
+    """Running weighted sums in float64: about 1e-16 relative error a term, so folding order shows in no float32 bit but by
     rare rounding ties; deterministic runs fold in a fixed order all the same.
+
+    Where sites send parts of an update only (a codec with `mask` or `segment`), each coordinate is averaged over the sites
+    that sent it, and one that nobody sent does not move.
     """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._sums: dict[str, NDArray[np.float64]] = {spec.name: np.zeros(spec.shape) for spec in layout.tensors}
-        self._weights: list[float] = []
-        self._norms: list[float] = []
+        self._sums = _zeros(layout)
+        self._total = 0.0
+        self._covered: dict[str, NDArray[np.float64]] | None = None
 
-    def fold(self, update: TensorSource, contribution: Contribution) -> None:
+    def fold(self, update: UpdateSource, contribution: Contribution) -> None:
         """Add `weight * delta`."""
-        assert contribution.weight > 0, "weights are checked before folding"
-        squares = 0.0
-        for spec in self._layout.tensors:
-            delta = update.read(spec.name).astype(np.float64)
-            squares += float(np.vdot(delta, delta))
-            delta *= contribution.weight
-            self._sums[spec.name] += delta
-        self._weights.append(contribution.weight)
-        self._norms.append(math.sqrt(squares))
+        weight = contribution.weight
+        assert weight > 0, "weights are checked before folding"
+        if update.is_partial and self._covered is None:
+            self._covered = {name: sums + self._total for name, sums in _zeros(self._layout).items()}
+        for name in self._layout.names:
+            update.add_to(name, self._sums[name], weight, self._covered[name] if self._covered else None)
+        self._total += weight
 
     def finish(self) -> tuple[Arrays, Measurements]:
-        """Return the mean, with the norms of the mean and of the updates."""
-        assert self._weights, "finish() needs at least one update"
-        total = math.fsum(self._weights)
-        mean: Arrays = {name: (value / total).astype(np.float32) for name, value in self._sums.items()}
-        squares = math.fsum(float(np.vdot(value, value)) for value in self._sums.values())
-        return mean, {
-            "delta_norm": math.sqrt(squares) / total,
-            "mean_update_norm": math.fsum(self._norms) / len(self._norms),
-        }
+        """Return the mean and its norm."""
+        assert self._total > 0, "finish() needs at least one update"
+        means = {name: self._mean(name) for name in self._layout.names}
+        norm = math.sqrt(math.fsum(float(np.vdot(mean, mean)) for mean in means.values()))
+        return {name: mean.astype(np.float32) for name, mean in means.items()}, {"delta_norm": norm}
+
+    def _mean(self, name: str) -> NDArray[np.float64]:
+        sums = self._sums[name]
+        if self._covered is None:
+            return np.asarray(sums / self._total)
+        covered = self._covered[name]
+        return np.divide(sums, covered, out=np.zeros_like(sums), where=covered > 0)
+
+
+def _zeros(layout: Layout) -> dict[str, NDArray[np.float64]]:
+    return {spec.name: np.zeros(spec.shape) for spec in layout.tensors}

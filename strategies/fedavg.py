@@ -12,6 +12,7 @@ from __future__ import annotations
 from fedllm.config import RunConfig, StrategyConfig
 from strategies import optimizers
 from strategies.aggregators import WeightedMean
+from strategies.annealing import Annealed
 from strategies.samplers import UniformSampler
 from strategies.slots import ClientWork, ServerOptimizer, Strategy
 
@@ -24,16 +25,24 @@ def fedavg(config: RunConfig) -> Strategy:
         sampler=UniformSampler(config.seed, rounds.fraction, rounds.min_sites, rounds.over_selection),
         work=ClientWork(),
         aggregator=WeightedMean(),
-        optimizer=build_optimizer(config.strategy),
+        optimizer=build_optimizer(config),
     )
 
 
-def build_optimizer(config: StrategyConfig) -> ServerOptimizer:
-    """Turn the strategy section into a server optimizer."""
-    rate = config.server_learning_rate
-    if config.server_optimizer == "sgd":
-        return optimizers.Sgd(rate, config.server_momentum)
-    if config.server_optimizer == "adagrad":
-        return optimizers.Adagrad(rate, config.server_tau)
-    yogi = config.server_optimizer == "yogi"
-    return optimizers.Adam(rate, config.server_beta_1, config.server_beta_2, config.server_tau, yogi)
+def build_optimizer(config: RunConfig) -> ServerOptimizer:
+    """Turn the strategy section into a server optimizer, annealed if it says so."""
+    section = config.strategy
+    optimizer = _constant(section)
+    if section.server_anneal == "constant":
+        return optimizer
+    return Annealed(optimizer, section.server_anneal, section.server_final_rate, config.num_rounds)
+
+
+def _constant(section: StrategyConfig) -> ServerOptimizer:
+    rate = section.server_learning_rate
+    if section.server_optimizer == "sgd":
+        return optimizers.Sgd(rate, section.server_momentum)
+    if section.server_optimizer == "adagrad":
+        return optimizers.Adagrad(rate, section.server_tau)
+    yogi = section.server_optimizer == "yogi"
+    return optimizers.Adam(rate, section.server_beta_1, section.server_beta_2, section.server_tau, yogi)

@@ -26,22 +26,44 @@ Measurements = Mapping[str, float]
 """Small named numbers that a slot reports for people to look at."""
 
 
-class TensorSource(Protocol):
+Accumulator = NDArray[np.float64]
+"""A running sum in float64."""
+
+
+class UpdateSource(Protocol):
     """An update that can be read tensor by tensor, from memory or from a spooled file."""
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether the update says nothing about some coordinates."""
+
     def read(self, name: str) -> NDArray[np.float32]:
-        """Return one tensor of the delta in the layout's shape."""
+        """Return one tensor of the delta in the layout's shape, zero where nothing was sent."""
+
+    def add_to(self, name: str, accumulator: Accumulator, weight: float, weights: Accumulator | None = None) -> None:
+        """Add `weight` times one tensor to an accumulator, and `weight` to `weights` where something was sent."""
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """A :class:`TensorSource` over arrays in memory."""
+    """An :class:`UpdateSource` over whole arrays in memory."""
 
     arrays: Mapping[str, NDArray[np.float32]]
+
+    @property
+    def is_partial(self) -> bool:
+        """Nothing is left out."""
+        return False
 
     def read(self, name: str) -> NDArray[np.float32]:
         """Return one tensor."""
         return self.arrays[name]
+
+    def add_to(self, name: str, accumulator: Accumulator, weight: float, weights: Accumulator | None = None) -> None:
+        """Add one tensor."""
+        accumulator += weight * self.arrays[name].astype(np.float64)
+        if weights is not None:
+            weights += weight
 
 
 class Sampler(Protocol):
@@ -68,7 +90,7 @@ class ClientWork:
 class Aggregation(Protocol):
     """One round's running aggregate."""
 
-    def fold(self, update: TensorSource, contribution: Contribution) -> None:
+    def fold(self, update: UpdateSource, contribution: Contribution) -> None:
         """Take one usable update in. Memory does not grow with the number of updates."""
 
     def finish(self) -> tuple[Arrays, Measurements]:

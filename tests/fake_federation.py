@@ -19,25 +19,29 @@ from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from client_app.transports import build_transport
 from fedllm import rng
 from fedllm.agreement import Agreement
 from fedllm.codecs.payload import encode_payload, open_payload
+from fedllm.errors import FedLLMError, StaleStateError
 from fedllm.messages import (
     AnyMessage,
     DataCounts,
     EvaluateInstruction,
     EvaluateReport,
+    Failure,
     Hello,
     Introduction,
     LocalOnlyInstruction,
     LocalOnlyReport,
     Score,
+    StateInstruction,
     TrainInstruction,
     TrainReport,
 )
+from fedllm.model.initial import initial_arrays
 from fedllm.records import from_records, to_records
-from fedllm.update import Arrays, Layout, TensorSpec
-from fedllm.wire.inline import InlineClientTransport
+from fedllm.update import Arrays, Layout, TensorSpec, digest_arrays
 from fedllm.wire.transport import Envelope
 
 LAYOUT = Layout(
@@ -126,11 +130,16 @@ class QuadraticSite:
         }
         self.folder = Path(tempfile.mkdtemp())
         self.seen: list[AnyMessage] = []
+        self.held: dict[str, Arrays] = {}
+        self.deliveries: list[str] = []
 
     def __call__(self, message: FlowerMessage) -> FlowerMessage | None:
         instruction, envelope = from_records(message.content, "test")
         self.seen.append(instruction)
-        reply, back = self.answer(instruction, envelope)
+        try:
+            reply, back = self.answer(instruction, envelope)
+        except FedLLMError as error:
+            reply, back = Failure(site=self.name, error=type(error).__name__, reason=str(error)), None
         return FlowerMessage(to_records(reply, back), reply_to=message)
 
     def answer(self, instruction: AnyMessage, envelope: Envelope) -> tuple[AnyMessage, Envelope | None]:
@@ -140,13 +149,13 @@ class QuadraticSite:
             case TrainInstruction():
                 return self.train(instruction, envelope)
             case EvaluateInstruction():
-                score = self.score(self.fetch(envelope))
+                score = self.score(self.fetch(instruction, envelope))
                 answers = {"answer_base": "before", "answer": "after"} if instruction.prompt else {}
                 return EvaluateReport(
                     site=self.name, round=instruction.round, score=score, seconds=0.1, **answers
                 ), None
             case LocalOnlyInstruction():
-                state = self.moved(self.fetch(envelope))
+                state = self.moved(self.fetch(instruction, envelope))
                 report = LocalOnlyReport(
                     site=self.name, score=self.score(state), num_steps=instruction.num_steps, seconds=0.1
                 )
@@ -173,10 +182,25 @@ class QuadraticSite:
             base_from_cache=True,
         )
 
-    def fetch(self, envelope: Envelope) -> Arrays:
-        path = InlineClientTransport().fetch(envelope, self.folder / "state")
-        with open_payload(path, layout=LAYOUT, base=self.agreement.base) as payload:
-            return {name: payload.read(name) for name in payload.names}
+    def fetch(self, instruction: StateInstruction, envelope: Envelope) -> Arrays:
+        """Get the state in the way that the server chose, as a real site does."""
+        self.deliveries.append(instruction.delivery)
+        state = self.held.get(instruction.state_id)
+        if state is None:
+            state = self.receive(instruction, envelope)
+            assert digest_arrays(state, LAYOUT) == instruction.state_id
+            self.held = {instruction.state_id: state}
+        return state
+
+    def receive(self, instruction: StateInstruction, envelope: Envelope) -> Arrays:
+        if instruction.delivery == "initial":
+            return initial_arrays(LAYOUT, 42)
+        reference = self.held.get(instruction.reference_id)
+        if instruction.delivery == "held" or (instruction.delivery == "difference" and reference is None):
+            raise StaleStateError("not held")
+        path = build_transport(envelope, None).fetch(envelope, self.folder / "state")
+        with open_payload(path, layout=LAYOUT, base=self.agreement.base, reference=reference) as payload:
+            return {name: payload.restore(name) for name in payload.names}
 
     def moved(self, state: Arrays) -> Arrays:
         return {name: state[name] + np.float32(self.rate) * (self.optimum[name] - state[name]) for name in state}
@@ -186,7 +210,7 @@ class QuadraticSite:
         return Score(loss=loss, accuracy=0.5, num_tokens=20, num_examples=4)
 
     def train(self, instruction: TrainInstruction, envelope: Envelope) -> tuple[AnyMessage, Envelope | None]:
-        state = self.fetch(envelope)
+        state = self.fetch(instruction, envelope)
         moved = self.moved(state)
         delta = {name: moved[name] - state[name] for name in state}
         return self.report(instruction, state), self.push(instruction, envelope, delta)
@@ -213,12 +237,13 @@ class QuadraticSite:
             delta,
             LAYOUT,
             kind="update",
-            pipeline="fp32",
+            pipeline=instruction.read_config().transport.uplink,
             is_difference=True,
             site=self.name,
+            seed=42,
             **{**fields, **changes},
         )
-        return InlineClientTransport().push(envelope, path)
+        return build_transport(envelope, None).push(envelope, path)
 
 
 def flower_error(message: FlowerMessage, reason: str = "ClientApp stopped responding") -> FlowerMessage:

@@ -80,7 +80,7 @@ def test_applying_leaves_the_arguments_as_they_are() -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "adam", "yogi"])
 def test_every_configured_optimizer_can_be_built(name: str) -> None:
-    config = read_run_config({"strategy.server_optimizer": name, "strategy.server_learning_rate": 0.5}).strategy
+    config = read_run_config({"strategy.server_optimizer": name, "strategy.server_learning_rate": 0.5})
     built = build_optimizer(config)
     moved, _ = built.apply(OptimizerState(), random_arrays(0), random_arrays(1))
     assert any(not np.array_equal(moved[key], random_arrays(0)[key]) for key in moved)

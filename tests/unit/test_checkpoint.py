@@ -19,6 +19,7 @@ def state(round_: int) -> RunState:
     return RunState(
         round=round_,
         params=random_arrays(round_),
+        sent=random_arrays(50 + round_),
         optimizer=OptimizerState(round_, {"m": random_arrays(100 + round_), "v": random_arrays(200 + round_)}),
         layout=LAYOUT,
         target_modules=("q_proj", "v_proj"),
@@ -35,7 +36,7 @@ def assert_equal(found: RunState | None, expected: RunState) -> None:
         expected.agreement,
     )
     assert found.optimizer.step == expected.optimizer.step
-    pairs = [(found.params, expected.params)]
+    pairs = [(found.params, expected.params), (found.sent, expected.sent)]
     pairs += [(found.optimizer.moments[key], expected.optimizer.moments[key]) for key in ("m", "v")]
     for ours, theirs in pairs:
         assert list(ours) == list(theirs)

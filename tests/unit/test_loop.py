@@ -40,6 +40,9 @@ SETTINGS = {
     "rounds.min_sites": 2,
     "rounds.max_attempts": 2,
     "train.local_steps": 2,
+    "transport.kind": "flower",
+    "transport.uplink": "fp32",
+    "transport.downlink": "fp32",
 }
 
 
@@ -141,7 +144,7 @@ class Liar(QuadraticSite):
         return super().__call__(message)
 
     def train(self, instruction: TrainInstruction, envelope: Envelope) -> tuple[AnyMessage, Envelope | None]:
-        state = self.fetch(envelope)
+        state = self.fetch(instruction, envelope)
         delta = {name: np.full_like(value, 1e3) for name, value in state.items()}
         report = self.report(instruction, state)
         if self.how == "refuses":
@@ -331,3 +334,92 @@ def test_settings_of_a_resumed_run_that_have_no_effect_are_named(tmp_path: Path,
     assert "train.learning_rate = 0.5 has no effect" in caplog.text
     assert effective.train.learning_rate == RunConfig().train.learning_rate
     assert dataclasses.is_dataclass(RunFolder)
+
+
+TRANSPORTS = ["flower", "grpc"]
+LOSSY = {"transport.uplink": "delta|int8:8", "transport.downlink": "delta|int8:8"}
+
+
+@pytest.mark.parametrize("kind", TRANSPORTS)
+def test_both_transports_give_the_same_bits(kind: str, tmp_path: Path) -> None:
+    one = params(run(tmp_path / "1", InProcessGrid(sites()), **LOSSY))
+    two = params(run(tmp_path / "2", InProcessGrid(sites()), **LOSSY, **{"transport.kind": kind}))
+    for name, value in one.items():
+        np.testing.assert_array_equal(two[name], value)
+
+
+@pytest.mark.parametrize("kind", TRANSPORTS)
+def test_a_state_travels_in_the_cheapest_way(kind: str, tmp_path: Path) -> None:
+    handlers = sites(2)
+    folder = run(tmp_path, InProcessGrid(handlers), num_rounds=2, **LOSSY, **{"transport.kind": kind})
+    site = handlers[100]
+    assert isinstance(site, QuadraticSite)
+    #               evaluate 0  train 1  evaluate 1    train 2  evaluate 2    alone      answer
+    assert site.deliveries == ["initial", "held", "difference", "held", "difference", "initial", "full"]
+    assert [event["bytes_down"] for event in events(folder, "round")] == [0, 0]
+    first = events(folder, "evaluation")
+    assert first[0]["bytes_down"] == 0
+    assert first[1]["bytes_down"] > 0
+
+
+@pytest.mark.parametrize("kind", TRANSPORTS)
+def test_a_site_that_lost_its_state_gets_it_whole_within_the_round(kind: str, tmp_path: Path) -> None:
+    handlers = sites(2)
+    forgetful = handlers[100]
+    assert isinstance(forgetful, QuadraticSite)
+
+    def forget_once(message: FlowerMessage) -> FlowerMessage | None:
+        is_second_round = (message.metadata.message_type, message.metadata.group_id) == ("train", "round-2")
+        if is_second_round and "full" not in forgetful.deliveries:
+            forgetful.held.clear()
+        return forgetful(message)
+
+    clean = params(run(tmp_path / "clean", InProcessGrid(sites(2)), **LOSSY))
+    grid = InProcessGrid({**handlers, 100: forget_once})
+    folder = run(tmp_path / "lost", grid, **LOSSY, **{"transport.kind": kind})
+    assert "full" in forgetful.deliveries
+    assert all(len(event["participants"]) == 2 for event in events(folder, "round"))
+    for name, value in clean.items():
+        np.testing.assert_array_equal(params(folder)[name], value)
+
+
+def test_a_lost_reply_is_asked_for_again_and_counted_once(tmp_path: Path) -> None:
+    lost = []
+
+    def lose_first(message: FlowerMessage) -> FlowerMessage | None:
+        reply = site(message)
+        if message.metadata.message_type == "train" and not lost:
+            lost.append(reply)
+            return flower_error(message, "no response from the node")
+        return reply
+
+    handlers = sites(2)
+    site = handlers[100]
+    folder = run(tmp_path / "lost", InProcessGrid({**handlers, 100: lose_first}), num_rounds=1)
+    clean = run(tmp_path / "clean", InProcessGrid(sites(2)), num_rounds=1)
+    assert lost
+    assert events(folder, "round")[0]["rejected"] == []
+    for name, value in params(clean).items():
+        np.testing.assert_array_equal(params(folder)[name], value)
+
+
+def test_a_lossy_run_that_is_resumed_gives_the_same_bits(tmp_path: Path) -> None:
+    """The difference that the next state is sent as refers to what the sites decoded, so that is in the checkpoint."""
+    clean = run(tmp_path / "clean", InProcessGrid(sites(2)), num_rounds=4, **LOSSY)
+    run(tmp_path / "cut", InProcessGrid(sites(2)), num_rounds=2, **LOSSY)
+    folder = run(tmp_path / "cut", InProcessGrid(sites(2)), name="", resume="test", num_rounds=4)
+    for name, value in params(clean).items():
+        np.testing.assert_array_equal(params(folder)[name], value)
+
+
+def test_what_a_lossy_downlink_drops_is_sent_later(tmp_path: Path) -> None:
+    """A one-bit downlink still follows the server's state, because every difference holds what the last one dropped."""
+    changes = {"transport.downlink": "delta|sign:8", "num_rounds": 30, "evaluation.every": 30}
+    handlers = sites(2)
+    run(tmp_path, InProcessGrid(handlers), **changes)
+    members = [site for site in handlers.values() if isinstance(site, QuadraticSite)]
+    expected = expected_params(members, 30)
+    [held] = members[0].held.values()
+    initial = initial_arrays(LAYOUT, 42)
+    for name, value in expected.items():
+        assert np.linalg.norm(held[name] - value) < 0.3 * np.linalg.norm(initial[name] - value)

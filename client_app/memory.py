@@ -1,0 +1,141 @@
+"""What a site remembers of a run between rounds, in files of its state directory.
+
+::
+
+    <state_dir>/
+        held.payload               the global state that the site decoded last, as float32
+        round-00003.update         the encoded update of a round, kept until the server has folded it
+        round-00003.report         what was said of it, and for which request
+        round-00003.residual       what error feedback keeps back after it
+
+Every file is replaced whole. Nothing is kept in Flower's ``Context.state``, which loses large values without a word and
+dies with the SuperNode. A residual belongs to its round: a server that died in round 3 and asks for round 3 again gets an update
+that starts from the residual of round 2, so the repeated round gives the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedllm.codecs.payload import encode_payload, open_payload
+from fedllm.errors import FedLLMError
+from fedllm.files import atomic_write
+from fedllm.update import Arrays, Layout, check_arrays
+
+log = logging.getLogger(__name__)
+
+KEPT_ROUNDS = 3
+"""Rounds whose updates and residuals stay on disk, for a server that goes back to its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A site's files for one run.
+
+    Attributes:
+        folder: The state directory of this run; made when first written to.
+        layout: The adapter's layout.
+        base: Fingerprint of the base.
+    """
+
+    folder: Path
+    layout: Layout
+    base: str
+
+    def held(self, state_id: str) -> Arrays | None:
+        """Return the state of that name if the site holds it and its file is whole."""
+        try:
+            with open_payload(self._held, layout=self.layout, base=self.base, kind="state", reference_id="") as payload:
+                if (self.folder / "held.name").read_text() != state_id:
+                    return None
+                return {name: payload.read(name) for name in payload.names}
+        except FileNotFoundError:
+            return None
+        except (OSError, FedLLMError) as error:
+            log.warning("the state that was kept cannot be used: %s", error)
+            return None
+
+    def hold(self, state_id: str, arrays: Arrays, round_: int) -> None:
+        """Keep a decoded state in place of the one before."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "held.name").unlink(missing_ok=True)
+        encode_payload(self._held, arrays, self.layout, kind="state", round_=round_, base=self.base, pipeline="fp32")
+        atomic_write(self.folder / "held.name", state_id)
+
+    def finished(self, round_: int, request: str) -> tuple[Path, str] | None:
+        """Return the update and the report of a round that was done for this very request, None if there is none."""
+        update, report = self._file(round_, "update"), self._file(round_, "report")
+        if not (update.is_file() and report.is_file()):
+            return None
+        found, _, text = report.read_text().partition("\n")
+        return (update, text) if found == request else None
+
+    def finish(self, round_: int, request: str, report: str) -> None:
+        """Note that a round's update is done, and forget rounds that no server goes back to."""
+        atomic_write(self._file(round_, "report"), f"{request}\n{report}")
+        for path in self.folder.glob("round-*.*"):
+            if int(path.stem.removeprefix("round-")) <= round_ - KEPT_ROUNDS:
+                path.unlink()
+
+    def update_path(self, round_: int) -> Path:
+        """Return where a round's encoded update belongs."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file(round_, "report").unlink(missing_ok=True)
+        return self._file(round_, "update")
+
+    def residual(self, round_: int, last_folded: int) -> tuple[Arrays, int] | None:
+        """Return what earlier rounds left unsent, and the age in rounds; None if nothing did.
+
+        Where the server never folded the last update, all of it was left unsent.
+
+        Args:
+            round_: The round that starts.
+            last_folded: The last round in which the server folded this site's update.
+        """
+        earlier = [number for number in self._rounds("residual") if number < round_]
+        if not earlier:
+            return None
+        last = max(earlier)
+        arrays = self._load_residual(last)
+        if arrays is None:
+            return None
+        if last > last_folded:
+            self._add_unsent(arrays, last)
+        return arrays, round_ - last
+
+    def keep_residual(self, round_: int, arrays: Arrays) -> None:
+        """Keep what a round left unsent."""
+        atomic_write(self._file(round_, "residual"), save(arrays))
+
+    @property
+    def _held(self) -> Path:
+        return self.folder / "held.payload"
+
+    def _file(self, round_: int, kind: str) -> Path:
+        return self.folder / f"round-{round_:05d}.{kind}"
+
+    def _rounds(self, kind: str) -> list[int]:
+        return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob(f"round-*.{kind}"))
+
+    def _load_residual(self, round_: int) -> Arrays | None:
+        try:
+            arrays = load(self._file(round_, "residual").read_bytes())
+            check_arrays(arrays, self.layout, "the residual")
+        except (OSError, SafetensorError, FedLLMError) as error:
+            log.warning("the residual of round %d cannot be used and is dropped: %s", round_, error)
+            return None
+        return arrays
+
+    def _add_unsent(self, arrays: Arrays, round_: int) -> None:
+        path = self._file(round_, "update")
+        try:
+            with open_payload(path, layout=self.layout, base=self.base, kind="update") as payload:
+                for name in payload.names:
+                    arrays[name] = arrays[name] + payload.read(name)
+        except (OSError, FedLLMError) as error:
+            log.warning("the update of round %d, which the server did not take, is lost: %s", round_, error)

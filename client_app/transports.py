@@ -1,0 +1,48 @@
+"""A site's end of the transport that an instruction names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from client_app.site import SiteConfig
+from fedllm.errors import TransportError, explain
+from fedllm.wire.client import UpdateClient
+from fedllm.wire.inline import InlineClientTransport
+from fedllm.wire.stream import StreamClientTransport
+from fedllm.wire.tls import TlsConfig
+from fedllm.wire.transport import ClientTransport, Envelope
+
+Build = Callable[[Envelope, SiteConfig | None], ClientTransport]
+
+
+def build_transport(envelope: Envelope, owner: SiteConfig | None) -> ClientTransport:
+    """Build the site's end of the transport.
+
+    Args:
+        envelope: What the server's transport put into the instruction.
+        owner: The data owner's file, None in simulation, where the stream stays within the machine.
+
+    Raises:
+        TransportError: The transport is unknown here.
+        ConfigError: The data owner's file does not allow it as it is.
+    """
+    kind = envelope.get("transport", str)
+    if kind not in TRANSPORTS:
+        raise TransportError(explain("an unknown transport", expected=f"one of {sorted(TRANSPORTS)}", found=kind))
+    return TRANSPORTS[kind](envelope, owner)
+
+
+def _inline(envelope: Envelope, owner: SiteConfig | None) -> ClientTransport:  # noqa: ARG001
+    return InlineClientTransport()
+
+
+def _stream(envelope: Envelope, owner: SiteConfig | None) -> ClientTransport:
+    address = envelope.get("address", str)
+    if owner is None:
+        return StreamClientTransport(UpdateClient(address, insecure=True))
+    section = owner.transport
+    tls = None if section.insecure else TlsConfig(section.ca, section.certificate, section.key)
+    return StreamClientTransport(UpdateClient(section.address or address, tls=tls, insecure=section.insecure))
+
+
+TRANSPORTS: dict[str, Build] = {"grpc": _stream, "flower": _inline}

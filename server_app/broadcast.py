@@ -1,0 +1,161 @@
+"""The global state on its way to the sites: what each of them holds, and the cheapest way to the next one.
+
+A state is named by what a site *decodes* (:func:`fedllm.update.digest_arrays`), not by what the server has. With a lossy
+downlink the two differ; what the codec dropped stays in the difference to the next state, so it is sent later (implicit
+error feedback). A site gets a state in one of four ways:
+
+- *held*: it decoded it before, for an evaluation, say; nothing travels;
+- *initial*: the first state is drawn from the seed at both ends; nothing travels;
+- *difference*: it holds the state before and fetches the encoded difference;
+- *full*: it missed a state and fetches this one whole, as float32, so that it decodes the very same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.codecs.payload import encode_payload, open_payload
+from fedllm.codecs.pipeline import parse
+from fedllm.config import RunConfig
+from fedllm.messages import Delivery
+from fedllm.model.initial import initial_arrays
+from fedllm.update import Arrays, digest_arrays
+from fedllm.wire.transport import ServerTransport
+from server_app.checkpoint import RunState
+
+
+@dataclass(frozen=True)
+class Package:
+    """An encoded state that can be fetched.
+
+    Attributes:
+        name: What the transport calls it.
+        num_bytes: Its size.
+    """
+
+    name: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """One state to be sent.
+
+    Attributes:
+        round: Rounds that it is the result of.
+        state_id: Its name.
+        arrays: What a site decodes.
+        reference_id: The state that the difference is to, empty if there is no difference.
+        difference: The encoded difference, None if there is none.
+        is_initial: It is the one that is drawn from the seed.
+    """
+
+    round: int
+    state_id: str
+    arrays: Arrays
+    reference_id: str = ""
+    difference: Package | None = None
+    is_initial: bool = False
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """How one site gets a state: what goes into its instruction, and what the transport is to offer."""
+
+    delivery: Delivery
+    reference_id: str = ""
+    package: Package | None = None
+
+
+class Broadcaster:
+    """Encodes states and remembers what each site holds.
+
+    Args:
+        config: The effective run config.
+        transport: Where packages are published.
+        folder: Where packages are written.
+    """
+
+    def __init__(self, config: RunConfig, transport: ServerTransport, folder: Path) -> None:
+        self._config, self._transport, self._folder = config, transport, folder
+        self._pipeline = parse(config.transport.downlink)
+        self._current: Broadcast | None = None
+        self._full: dict[str, Package] = {}
+        self._holds: dict[str, str] = {}
+
+    def prepare(self, state: RunState) -> Broadcast:
+        """Return the broadcast of the state that the federation stands at, encoded once."""
+        if self._current is None or self._current.round != state.round:
+            self._current = self._encode(state)
+        return self._current
+
+    def initial(self, state: RunState) -> Broadcast:
+        """Return the broadcast of the first state, which needs no bytes."""
+        arrays = initial_arrays(state.layout, self._config.seed)
+        return Broadcast(0, digest_arrays(arrays, state.layout), arrays, is_initial=True)
+
+    def parcel(self, site: str, broadcast: Broadcast, state: RunState) -> Parcel:
+        """Choose the cheapest way for one site."""
+        held = self._holds.get(site)
+        if held == broadcast.state_id:
+            return Parcel("held")
+        if broadcast.is_initial:
+            return Parcel("initial")
+        difference = broadcast.difference
+        if difference is not None and broadcast.reference_id in (held, ""):
+            delivery: Delivery = "difference" if broadcast.reference_id else "full"
+            return Parcel(delivery, broadcast.reference_id, difference)
+        return Parcel("full", package=self._whole(broadcast, state))
+
+    def confirm(self, site: str, state_id: str) -> None:
+        """Note that a site has decoded a state."""
+        self._holds[site] = state_id
+
+    def forget(self, site: str) -> None:
+        """Note that a site cannot be relied on to hold anything."""
+        self._holds.pop(site, None)
+
+    def _encode(self, state: RunState) -> Broadcast:
+        if state.round == 0:
+            return self.initial(state)
+        path = self._folder / f"state-{state.round:05d}.payload"
+        refers = self._pipeline.needs_reference
+        reference = state.sent if refers else None
+        reference_id = digest_arrays(state.sent, state.layout) if refers else ""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        info = encode_payload(
+            path,
+            state.params,
+            state.layout,
+            kind="state",
+            round_=state.round,
+            base=state.agreement.base,
+            pipeline=self._pipeline,
+            reference_id=reference_id,
+            reference=reference,
+            seed=self._config.seed,
+        )
+        self._transport.publish(path.stem, path)
+        with open_payload(path, layout=state.layout, base=state.agreement.base, reference=reference) as payload:
+            arrays = {name: payload.restore(name) for name in payload.names}
+        package = Package(path.stem, info.num_bytes)
+        return Broadcast(state.round, digest_arrays(arrays, state.layout), arrays, reference_id, package)
+
+    def _whole(self, broadcast: Broadcast, state: RunState) -> Package:
+        """Return the state as float32, encoded when the first site needs it."""
+        if broadcast.state_id not in self._full:
+            path = self._folder / f"full-{broadcast.round:05d}.payload"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            info = encode_payload(
+                path,
+                broadcast.arrays,
+                state.layout,
+                kind="state",
+                round_=broadcast.round,
+                base=state.agreement.base,
+                pipeline="fp32",
+            )
+            self._transport.publish(path.stem, path)
+            self._full = {broadcast.state_id: Package(path.stem, info.num_bytes)}
+        return self._full[broadcast.state_id]
