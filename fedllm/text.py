@@ -36,7 +36,8 @@ def human_seconds(seconds: float) -> str:
 
 def clean(text: str) -> str:
     """Return text on one line without control or formatting characters, so that it cannot steer a terminal."""
-    return " ".join("".join(_harmless(char) for char in text).split())
+    harmless = text if text.isprintable() else "".join(_harmless(char) for char in text)
+    return " ".join(harmless.split())
 
 
 def _harmless(char: str) -> str:
