@@ -1,6 +1,7 @@
 """Writes down what happens in a run: events to ``metrics.jsonl``, scalars to TensorBoard, the story to the log.
 
-``metrics.jsonl`` is the record; the TensorBoard file is derived from it and made anew when a run is resumed.
+``metrics.jsonl`` is the record; the TensorBoard file is derived from it and made anew when a run is resumed. The log goes
+to ``log.txt`` too for as long as the recorder is open.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fedllm.errors import CheckpointError, explain
 from fedllm.files import atomic_write
 from fedllm.runs import Event, Manifest, RunFolder, read_metrics
 from server_app.events import AnyEvent, parse_event, read_events
+from server_app.logfile import LogFile
 from server_app.results import Results
 from server_app.story import Story
 from server_app.tensorboard import ScalarWriter, scalars_of
@@ -48,6 +50,7 @@ class Recorder:
         self._folder = folder
         self._story = Story(folder.path, _num_rounds(folder))
         self._open(read_metrics(folder.metrics))
+        self._log_file = LogFile(folder.log)
 
     def record(self, event: Mapping[str, object]) -> None:
         """Append one event, mirror its scalars, and tell it.
@@ -96,9 +99,13 @@ class Recorder:
 
     def close(self) -> None:
         """Bring everything to the disk and close the files."""
-        if not self._file.closed:
+        if self._file.closed:
+            return
+        try:
             self.sync()
+        finally:
             self._release()
+            self._log_file.close()
 
     def __enter__(self) -> Recorder:
         return self

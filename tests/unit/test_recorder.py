@@ -1,4 +1,5 @@
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -170,3 +171,16 @@ def test_a_folder_that_cannot_take_the_files_is_an_error_of_ours(folder: RunFold
     folder.tensorboard.write_text("in the way")
     with Recorder(folder) as recorder, pytest.raises(CheckpointError, match="cannot be written"):
         recorder.record(EVALUATION)
+
+
+def test_the_log_is_kept_beside_the_metrics_while_the_recorder_is_open(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with Recorder(folder) as recorder:
+        recorder.record(EVALUATION)
+        logging.getLogger("strategies.example").warning("odd")
+    logging.getLogger("server_app.example").warning("later")
+    first, *others = folder.log.read_text().splitlines()
+    assert first.endswith("INFO    round 0  held-out  loss 3.500")
+    assert others[-1].endswith("WARNING odd")
