@@ -48,13 +48,15 @@ def tokenizer_source_digest(files: BaseFiles, *, cache_dir: Path | None = None) 
     return _digest_json({"scheme": SCHEME, "tokenizer": contents})
 
 
-def tokenizer_digest(tokenizer_json: str, chat_template: str | None, special_ids: dict[str, int]) -> str:
+def tokenizer_digest(
+    tokenizer_json: str, chat_template: str | dict[str, str] | None, special_ids: dict[str, int | None]
+) -> str:
     """Return the SHA-256 of what a tokenizer *does*, equal for every form in which it was stored.
 
     Args:
         tokenizer_json: The tokenizer in the JSON form of the `tokenizers` library.
-        chat_template: Its Jinja chat template.
-        special_ids: Token ids by their use, for example `eos`.
+        chat_template: Its Jinja chat template, or several by name.
+        special_ids: Token ids by their use, for example `eos`; None where there is none.
     """
     body = json.loads(tokenizer_json)
     for passing in ("truncation", "padding"):  # state of the last call, not of the tokenizer

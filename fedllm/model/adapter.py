@@ -1,0 +1,174 @@
+"""A LoRA adapter on a loaded base: attach it, describe it, read and write its values.
+
+The layout lists the tensors under the names that PEFT gives them in its files, in the order of the model's modules, so
+the same base and spec give the same layout everywhere.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from transformers import PreTrainedModel
+
+from fedllm.errors import LayoutError, ModelError, explain
+from fedllm.model.initial import initial_arrays
+from fedllm.model.quantize import linear_names
+from fedllm.model.spec import LoraSpec
+from fedllm.update import Arrays, Layout, TensorSpec, check_arrays
+
+if TYPE_CHECKING:
+    from fedllm.model.build import LoadedBase
+
+_ADAPTER = "default"
+
+
+def attach_adapter(base: LoadedBase, adapter: LoraSpec) -> PeftModel:
+    """Put an adapter on a base, in place of the one that it carries; an equal one is taken again.
+
+    The adapter starts with the values of seed 0 and `B = 0`, so the model computes what the base computes until values
+    are written. Its parameters are float32 and all that is trainable.
+
+    Raises:
+        ModelError: The target modules are not in the model.
+    """
+    slot = base.attached
+    if slot.adapter != adapter or slot.model is None:
+        _detach(base)
+        slot.model, slot.adapter = _wrap(base.model, adapter), adapter
+        if base.spec.gradient_checkpointing:
+            # Without re-entrance the inputs need no gradient, and the first layers no backward pass.
+            base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    layout = layout_of(slot.model)
+    write_adapter(slot.model, layout, initial_arrays(layout, seed=0))
+    slot.model.eval()
+    return slot.model
+
+
+def layout_of(model: PeftModel) -> Layout:
+    """Describe the adapter's tensors: PEFT's names, shapes, dtypes, roles."""
+    return Layout(
+        tuple(
+            TensorSpec(name, tuple(value.shape), str(value.dtype).removeprefix("torch."), _role(name))
+            for name, value in _parameters(model)
+        )
+    )
+
+
+def read_adapter(model: PeftModel, layout: Layout) -> Arrays:
+    """Copy the adapter's values out of the model, as float32, in the layout's order.
+
+    Raises:
+        LayoutError: The model carries another adapter.
+    """
+    values = _matching(model, layout)
+    return {name: values[name].detach().float().cpu().numpy().copy() for name in layout.names}
+
+
+def write_adapter(model: PeftModel, layout: Layout, arrays: Arrays) -> None:
+    """Copy values into the model's adapter; all are checked before the first is changed.
+
+    Raises:
+        LayoutError: The arrays do not fit the layout, or the model carries another adapter.
+        NonFiniteError: A value is NaN or infinite.
+    """
+    values = _matching(model, layout)
+    check_arrays(arrays, layout, "the adapter to load")
+    with torch.no_grad():
+        for name in layout.names:
+            values[name].copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+
+
+def adapter_target_modules(model: PeftModel) -> list[str]:
+    """Return the names of the adapted modules as PEFT's config wants them, sorted."""
+    config: Any = model.peft_config[_ADAPTER]
+    targets = config.target_modules
+    return [targets] if isinstance(targets, str) else sorted(targets)
+
+
+def _detach(base: LoadedBase) -> None:
+    if base.attached.model is not None:
+        base.attached.model.unload()
+        base.attached.model = base.attached.adapter = None
+
+
+def _wrap(model: PreTrainedModel, adapter: LoraSpec) -> PeftModel:
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT divides it by r; a float is as good
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        target_modules=_targets(model, adapter.target_modules),
+    )
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5 for a property under its old name; can go when it asks for the new one.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        wrapped = get_peft_model(model, config)
+    assert isinstance(wrapped, PeftModel), "PEFT's mixed models are not asked for"
+    return wrapped
+
+
+def _targets(model: PreTrainedModel, wanted: str) -> str | list[str]:
+    """Turn the spec's words into what PEFT understands: a regular expression, `all-linear`, or names."""
+    known = sorted({name.rpartition(".")[2] for name in linear_names(model)})
+    architecture = model.config.model_type
+    if wanted == "all-linear":
+        return wanted
+    if wanted == "auto" and architecture not in DEFAULT_TARGETS:
+        raise ModelError(
+            explain(
+                f"PEFT has no default target modules for {architecture!r}",
+                found=f"linear layers {', '.join(known)}",
+                fix="Name some in adapter.target_modules, or set it to 'all-linear'.",
+            )
+        )
+    if wanted == "auto":
+        default = DEFAULT_TARGETS[architecture]
+        return default if isinstance(default, str) else list(default)
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    unknown = [name for name in names if not _matches_any(model, name)]
+    if unknown or not names:
+        raise ModelError(
+            explain(
+                "adapter.target_modules names modules that the base does not have",
+                expected=f"some of {', '.join(known)}",
+                found=", ".join(unknown) or repr(wanted),
+                fix="Correct the names, or use 'auto' or 'all-linear'.",
+            )
+        )
+    return names
+
+
+def _matches_any(model: PreTrainedModel, name: str) -> bool:
+    return any(layer == name or layer.endswith(f".{name}") for layer in linear_names(model))
+
+
+def _parameters(model: PeftModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the adapter's parameters under the names of PEFT's files, which leave the adapter's own name out."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            yield name.replace(f".{_ADAPTER}.", "."), parameter
+
+
+def _role(name: str) -> str:
+    return "lora_A" if ".lora_A." in name else "lora_B" if ".lora_B." in name else "other"
+
+
+def _matching(model: PeftModel, layout: Layout) -> dict[str, torch.nn.Parameter]:
+    """Return the adapter's parameters by name, refusing a layout that is not the model's."""
+    found = layout_of(model)
+    if found != layout:
+        raise LayoutError(
+            explain(
+                "the model carries an adapter of another layout",
+                expected=f"{len(layout.tensors)} tensors, digest {layout.digest[:12]}",
+                found=f"{len(found.tensors)} tensors, digest {found.digest[:12]}",
+            )
+        )
+    return dict(_parameters(model))
