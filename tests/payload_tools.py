@@ -54,8 +54,8 @@ def encode(
 
 def reseal(payload: bytes, change: Callable[[list[bytes]], object]) -> bytes:
     """Change the segments of a payload in place and write all checksums and lengths anew."""
-    head, at = read_head(memoryview(payload))
-    segments = []
+    head, _ = read_head(memoryview(payload))
+    segments, at = [], head.num_bytes
     for length, _ in head.rows:
         segments.append(payload[at : at + length])
         at += length
@@ -66,7 +66,7 @@ def reseal(payload: bytes, change: Callable[[list[bytes]], object]) -> bytes:
 
 def reseal_head(payload: bytes, change: Callable[[bytearray], object]) -> bytes:
     """Change the head's bytes in place and write its digest anew."""
-    _, size = read_head(memoryview(payload))
+    size = read_head(memoryview(payload))[0].num_bytes
     body = bytearray(payload[: size - DIGEST_BYTES])
     change(body)
     return bytes(body) + xxhash.xxh3_128_digest(bytes(body)) + payload[size:]

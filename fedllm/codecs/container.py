@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast
 
@@ -115,17 +114,22 @@ class Head:
     header: PayloadHeader
     rows: tuple[tuple[int, int], ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the head, digest included."""
+        return (
+            _PREFIX.size
+            + len(_padded(self.header.to_json(), len(self.rows)))
+            + len(self.rows) * _ROW.size
+            + DIGEST_BYTES
+        )
+
     def to_bytes(self) -> bytes:
         """Return the head's bytes, digest included."""
         text = _padded(self.header.to_json(), len(self.rows))
         prefix = _PREFIX.pack(MAGIC, VERSION, 0, len(text), len(self.rows))
         body = prefix + text + b"".join(_ROW.pack(*row) for row in self.rows)
         return body + xxhash.xxh3_128_digest(body)
-
-    @property
-    def digest(self) -> str:
-        """The payload's digest, 32 hexadecimal digits."""
-        return self.to_bytes()[-DIGEST_BYTES:].hex()
 
 
 def checksum(segment: Buffer) -> int:
@@ -138,11 +142,11 @@ def _padded(text: bytes, num_tensors: int) -> bytes:
     return text + b" " * (-size % _ALIGNMENT)
 
 
-def read_head(payload: memoryview) -> tuple[Head, int]:
+def read_head(payload: memoryview) -> tuple[Head, bytes]:
     """Read and check a payload's head.
 
     Returns:
-        The head, and its size in bytes (where the first segment starts).
+        The head, and the payload's digest.
 
     Raises:
         TruncatedPayloadError: The bytes end inside the head.
@@ -161,7 +165,7 @@ def read_head(payload: memoryview) -> tuple[Head, int]:
             explain("a payload's head is damaged", expected=f"digest {expected.hex()}", found=found.hex())
         )
     header = _read_header(bytes(payload[_PREFIX.size : table_at]), num_tensors)
-    return Head(header, tuple(_ROW.iter_unpack(payload[table_at:digest_at]))), size
+    return Head(header, tuple(_ROW.iter_unpack(payload[table_at:digest_at]))), found
 
 
 def _read_prefix(payload: memoryview) -> tuple[int, int]:
@@ -209,8 +213,3 @@ def _read_header(text: bytes, num_tensors: int) -> PayloadHeader:
     if _padded(header.to_json(), num_tensors) != text:
         raise CorruptPayloadError(explain("a payload header is not written canonically", found=text[:100]))
     return header
-
-
-def total_bytes(rows: Sequence[tuple[int, int]], head_bytes: int) -> int:
-    """Return the size of a payload whose segments have these lengths."""
-    return head_bytes + sum(length for length, _ in rows)

@@ -13,6 +13,7 @@ Micikevicius et al., arXiv 2209.05433; the two-bit grid is the Lloyd-Max quantiz
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -44,12 +45,12 @@ class Grid:
     rounding: Rounding
     default_block: int
 
-    @property
+    @cached_property
     def table(self) -> NDArray[np.float32]:
         """The levels as float32 [2^bits]."""
         return np.array(self.levels, np.float32)
 
-    @property
+    @cached_property
     def middles(self) -> NDArray[np.float32]:
         """Midpoints between neighbouring levels, float32 [2^bits - 1]; increasing where rounding is `nearest`."""
         table = self.table

@@ -1,7 +1,7 @@
 """The positions of the k largest magnitudes, exactly and at memory speed.
 
 Magnitudes of float32 order like their bits without the sign. A histogram of the upper 12 of these 31 bits finds the bin
-that holds the k-th largest; only that bin's members are then partitioned.
+that holds the k-th largest; only that bin's members are then partitioned. Small arrays are partitioned at once.
 """
 
 from __future__ import annotations
@@ -28,16 +28,20 @@ def largest(values: Values, count: int) -> NDArray[np.int64]:
 
 def _threshold(bits: NDArray[np.uint32], count: int) -> tuple[int, int]:
     """Return the magnitude bits of the count-th largest, and how many that equal it are among the largest."""
+    members, wanted = _narrowed(bits, count) if bits.size > _BINS * 4 else (bits & np.uint32(0x7FFFFFFF), count)
+    ordered = np.partition(members, len(members) - wanted)[len(members) - wanted :]
+    return int(ordered[0]), int((ordered == ordered[0]).sum())
+
+
+def _narrowed(bits: NDArray[np.uint32], count: int) -> tuple[NDArray[np.uint32], int]:
+    """Return the magnitudes in the bin that holds the count-th largest, and how many of them are among the largest."""
     histogram = np.zeros(_BINS, np.int64)
     _count_bins(bits, histogram)
     at_least = np.cumsum(histogram[::-1])[::-1]  # values in this bin or above
     bin_ = int(np.flatnonzero(at_least >= count)[-1])
     members = np.empty(int(histogram[bin_]) + 1, np.uint32)
     _collect(bits, np.uint32(bin_), members)
-    members = members[:-1]
-    wanted = count - (int(at_least[bin_]) - len(members))  # of this bin, 1 to len(members)
-    ordered = np.partition(members, len(members) - wanted)[len(members) - wanted :]
-    return int(ordered[0]), int((ordered == ordered[0]).sum())
+    return members[:-1], count - (int(at_least[bin_]) - len(members) + 1)
 
 
 @kernel

@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fedllm.codecs.container import Head, PayloadHeader, PayloadKind, checksum
+from fedllm.codecs.container import DIGEST_BYTES, Head, PayloadHeader, PayloadKind, checksum
 from fedllm.codecs.pipeline import Pipeline, parse
 from fedllm.codecs.reader import PayloadReader, open_payload
 from fedllm.codecs.stage import Kind, Values
@@ -109,18 +109,18 @@ def encode_payload(
     subtracted = reference if pipeline.has(Kind.DIFFERENCE) and not is_difference else None
     with _seekable(sink) as file:
         start = file.tell()
-        file.write(bytes(encoder.head_bytes))
+        file.write(bytes(encoder.num_head_bytes))
         for name, codec in encoder.codecs.items():
             values = _flat(arrays[name] if subtracted is None else _difference(arrays, subtracted, layout[name]))
             file.write(
                 encoder.encode(codec, values, None if reference is None else _flat(reference[name]), want_decoded)
             )
         end = file.tell()
-        head = encoder.head
+        head = encoder.head.to_bytes()
         file.seek(start)
-        file.write(head.to_bytes())
+        file.write(head)
         file.seek(end)
-    return PayloadInfo(header, end - start, head.digest, encoder.decoded if want_decoded else None)
+    return PayloadInfo(header, end - start, head[-DIGEST_BYTES:].hex(), encoder.decoded if want_decoded else None)
 
 
 class _Encoder:
@@ -133,9 +133,9 @@ class _Encoder:
         self._rows: list[tuple[int, int]] = []
 
     @property
-    def head_bytes(self) -> int:
+    def num_head_bytes(self) -> int:
         """Size of the head, whatever the segments will be."""
-        return len(Head(self._header, ((0, 0),) * len(self.codecs)).to_bytes())
+        return Head(self._header, ((0, 0),) * len(self.codecs)).num_bytes
 
     @property
     def head(self) -> Head:

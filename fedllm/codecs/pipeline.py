@@ -17,6 +17,7 @@ import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 from fedllm.codecs.registry import STAGES, known_names, latest_version
@@ -48,23 +49,23 @@ class Branch:
         """Return the stages of one kind, in order."""
         return tuple(stage for stage in self.stages if stage.kind is kind)
 
-    @property
+    @cached_property
     def selectors(self) -> tuple[Selector, ...]:
         """The stages that pick coordinates, in order."""
         return cast(tuple[Selector, ...], tuple(stage for stage in self.stages if stage.kind in _SELECTING))
 
-    @property
+    @cached_property
     def values(self) -> ValuesStage:
         """The one stage that turns numbers into bytes."""
         return cast(ValuesStage, self.of_kind(Kind.VALUES)[0])
 
-    @property
+    @cached_property
     def index(self) -> IndexStage | None:
         """The coder of positions that travel."""
         found = self.of_kind(Kind.INDEX)
         return cast(IndexStage, found[0]) if found else None
 
-    @property
+    @cached_property
     def compressors(self) -> tuple[BytesStage, ...]:
         """The stages from bytes to bytes, in order."""
         return cast(tuple[BytesStage, ...], self.of_kind(Kind.BYTES))

@@ -15,6 +15,7 @@ Shape legend: n values, N blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ from fedllm.errors import ConfigError, CorruptPayloadError, NonFiniteError, expl
 
 MAX_SCALE = (2.0 - 2.0**-10) * 2.0**127
 """Largest scale: the largest binary16 significand, so that no product with a level rounds to infinity."""
+
+_MAX_SCALE_BITS = int(np.float32(MAX_SCALE).view(np.uint32))
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,12 @@ class BlockQuantizer:
         return 4 * num_blocks if self.wide_scales else 2 + 2 * num_blocks
 
     def encode(self, values: Values, seed: int) -> bytes:
-        head, scales = self._round_scales(self._measure(values))
-        steps = self._steps(scales)
+        data = self._round_scales(self._measure(values))
+        steps = self._read_steps(data, len(values))
         inverse = np.divide(1.0, steps, where=steps > 0, out=np.zeros(len(steps)), dtype=np.float64)
         codes = np.empty(len(values), np.uint8)
         self._find_codes(values, inverse, codes, seed)
-        return head + kernels.pack(codes & np.uint8((1 << self.grid.bits) - 1), self.grid.bits)
+        return data + kernels.pack(codes & np.uint8((1 << self.grid.bits) - 1), self.grid.bits)
 
     def _measure(self, values: Values) -> NDArray[np.float64]:
         scales = np.empty(-(-len(values) // self.block))
@@ -87,11 +90,10 @@ class BlockQuantizer:
             kernels.block_magnitude_means(values, self.block, scales)
         return np.minimum(scales, MAX_SCALE)
 
-    def _round_scales(self, scales: NDArray[np.float64]) -> tuple[bytes, Values]:
-        """Return the bytes of float64 [N] scales and what a reader makes of them."""
+    def _round_scales(self, scales: NDArray[np.float64]) -> bytes:
+        """Return the bytes of float64 [N] scales."""
         if self.wide_scales:
-            rounded = scales.astype("<f4")
-            return rounded.tobytes(), rounded
+            return scales.astype("<f4").tobytes()
         exponent = tensor_exponent(float(scales.max(initial=0.0)))
         normal = np.ldexp(scales, -exponent)
         halves = normal.astype("<f2")
@@ -100,7 +102,7 @@ class BlockQuantizer:
             halves[short] = np.nextafter(halves[short], np.float16(np.inf))
         if exponent == MAX_EXPONENT:
             halves = np.minimum(halves, np.float16(32752))
-        return np.array(exponent, "<i2").tobytes() + halves.tobytes(), np.ldexp(halves.astype(np.float32), exponent)
+        return np.array(exponent, "<i2").tobytes() + halves.tobytes()
 
     def _find_codes(self, values: Values, inverse: NDArray[np.float64], codes: NDArray[np.uint8], seed: int) -> None:
         limit = self.grid.divisor
@@ -114,15 +116,25 @@ class BlockQuantizer:
             kernels.nearest_codes(values, inverse, self.block, self.grid.middles, codes)
 
     def check(self, buffer: Buffer, length: int) -> None:
-        scales = self._read_scales(buffer, length)
-        if not ((scales >= 0) & (scales <= MAX_SCALE)).all():
-            raise NonFiniteError(explain("a block's scale is no finite magnitude", where=f"stage {self.name}"))
+        self._check_scales(buffer, length)
         codes = self._read_codes(buffer, length)
         used = length * self.grid.bits % 8
         if used and codes[-1] >> used:
             raise CorruptPayloadError(explain("padding bits are not zero", where=f"stage {self.name}"))
         if self.grid.rounding == "float8" and ((codes & 0x7F) == 0x7F).any():
             raise NonFiniteError(explain("an encoded tensor holds NaN", where="stage fp8"))
+
+    def _check_scales(self, buffer: Buffer, length: int) -> None:
+        """Refuse negative, infinite and too large scales; magnitudes order like their bits, negative ones above all."""
+        num_blocks = -(-length // self.block)
+        if self.wide_scales:
+            is_bad = np.frombuffer(buffer, "<u4", count=num_blocks).max(initial=0) > _MAX_SCALE_BITS
+        else:
+            largest = np.frombuffer(buffer, "<u2", count=num_blocks, offset=2).max(initial=0)
+            exponent = read_exponent(buffer)
+            is_bad = largest >= 0x7C00 or math.ldexp(float(largest.view(np.float16)), exponent) > MAX_SCALE
+        if is_bad:
+            raise NonFiniteError(explain("a block's scale is no finite magnitude", where=f"stage {self.name}"))
 
     def decode(self, buffer: Buffer, length: int) -> Values:
         values = np.zeros(length, np.float32)
@@ -131,7 +143,7 @@ class BlockQuantizer:
 
     def add(self, buffer: Buffer, accumulator: Accumulator, weight: float) -> None:
         length = len(accumulator)
-        codes, steps = self._read_codes(buffer, length), self._steps(self._read_scales(buffer, length))
+        codes, steps = self._read_codes(buffer, length), self._read_steps(buffer, length)
         factor = accumulator.dtype.type(weight)
         if self.grid.rounding == "integer" and self.grid.bits == 8:
             kernels.add_integers(codes, steps, self.block, accumulator, factor)
@@ -140,19 +152,18 @@ class BlockQuantizer:
         else:
             kernels.add_packed(codes, steps, self.grid.table, self.grid.bits, self.block, accumulator, factor)
 
-    def _steps(self, scales: Values) -> Values:
-        return (scales.astype(np.float64) / self.grid.divisor).astype(np.float32)
-
     def _read_codes(self, buffer: Buffer, length: int) -> NDArray[np.uint8]:
         return np.frombuffer(buffer, np.uint8, offset=self._codes_at(length))
 
-    def _read_scales(self, buffer: Buffer, length: int) -> Values:
+    def _read_steps(self, buffer: Buffer, length: int) -> Values:
+        """Return float32 [N] steps from scales that are finite."""
         num_blocks = -(-length // self.block)
         if self.wide_scales:
-            return np.frombuffer(buffer, "<f4", count=num_blocks).astype(np.float32)
-        halves = np.frombuffer(buffer, "<f2", count=num_blocks, offset=2)
-        with np.errstate(over="ignore", invalid="ignore"):  # check() refuses what comes of it
-            return np.ldexp(halves.astype(np.float32), read_exponent(buffer))
+            scales = np.frombuffer(buffer, "<f4", count=num_blocks).astype(np.float64)
+        else:
+            halves = np.frombuffer(buffer, "<f2", count=num_blocks, offset=2)
+            scales = halves.astype(np.float64) * 2.0 ** read_exponent(buffer)
+        return (scales / self.grid.divisor).astype(np.float32)
 
 
 def make_quantizer(grid: Grid, params: Sequence[str]) -> BlockQuantizer:

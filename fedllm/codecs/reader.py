@@ -121,13 +121,14 @@ class PayloadReader:
     def _open(self, max_bytes: int | None) -> None:
         self.num_bytes = len(self._bytes)
         _check_limit(self.num_bytes, max_bytes, self.where)
-        head, at = read_head(self._bytes)
+        head, digest = read_head(self._bytes)
         self.header: PayloadHeader = head.header
-        self.digest = head.digest
+        self.digest = digest.hex()
         _check_layout(head, self._layout, self.where)
         self._pipeline = _read_pipeline(self.header, self._layout)
         self._codecs = bind(self._pipeline, self._layout, self.header.round, self.header.seed, self.header.site_index)
         self._segments: dict[str, tuple[int, int, int]] = {}
+        at = head.num_bytes
         for name, (length, expected) in zip(self._layout.names, head.rows, strict=True):
             self._check_length(name, length)
             self._segments[name] = (at, at + length, expected)
@@ -271,19 +272,23 @@ class PayloadReader:
         codec = self._codec(name)
         start, stop, expected = self._segments[name]
         segment = self._bytes[start:stop]
-        where = f"tensor {name!r} of {self.where}"
-        if name not in self._checked:
-            found = checksum(segment)
-            if found != expected:
-                raise CorruptPayloadError(
-                    explain("a segment is damaged", expected=f"{expected:016x}", found=f"{found:016x}", where=where)
-                )
+        reference = self._flat_reference_or_none(name)
+        if name in self._checked:
+            return codec.open(segment, reference)
         try:
-            opened = codec.open(segment, self._flat_reference_or_none(name))
-        except (CorruptPayloadError, NonFiniteError, OversizedPayloadError, TruncatedPayloadError) as error:
-            raise type(error)(f"{error} In {where}.") from error
+            _check_sum(segment, expected)
+            opened = codec.open(segment, reference)
+            codec.check(opened)
+        except (CorruptPayloadError, NonFiniteError, OversizedPayloadError) as error:
+            raise type(error)(f"{error} In tensor {name!r} of {self.where}.") from error
         self._checked.add(name)
         return opened
+
+
+def _check_sum(segment: memoryview, expected: int) -> None:
+    found = checksum(segment)
+    if found != expected:
+        raise CorruptPayloadError(explain("a segment is damaged", expected=f"{expected:016x}", found=f"{found:016x}"))
 
 
 def _mapped(path: Path, max_bytes: int | None) -> mmap.mmap:

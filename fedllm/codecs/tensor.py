@@ -6,8 +6,8 @@ then apply to the whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from fedllm.update import Layout
 
 @dataclass(frozen=True)
 class Opened:
-    """A segment whose structure has been checked.
+    """A segment taken apart.
 
     Attributes:
         values: The bytes of the encoded values.
@@ -53,7 +53,7 @@ class TensorCodec:
     def encode(self, values: Values, reference: Values | None, seed: int, site: str) -> bytes:
         """Return the segment of finite float32 [size]; reference float32 [size] is for ``mask``."""
         coded = b""
-        for selector, length in self._selections():
+        for selector, length in self._selections:
             positions = selector.pick(self.view, length, values, reference)
             values = selector.gather(values, positions)
             reference = None if reference is None else reference[positions]
@@ -68,55 +68,66 @@ class TensorCodec:
     @property
     def max_bytes(self) -> int:
         """The largest segment that an honest encoder can write."""
-        return self._bounds()[-1]
+        return self._bounds[-1]
 
+    @cached_property
     def _bounds(self) -> list[int]:
         """Return the largest number of bytes before the compressors and after each of them."""
-        length, bound = self.size, 0
-        for selector, length_before in self._selections():
-            length = selector.count(self.view, length_before)
+        bound = self.branch.values.num_bytes(self._num_values)
+        for selector, length in self._selections:
             if selector.positions_travel and self.branch.index:
-                bound += self.branch.index.max_bytes(length_before, length)
-        bounds = [bound + self.branch.values.num_bytes(length)]
+                bound += self.branch.index.max_bytes(length, selector.count(self.view, length))
+        bounds = [bound]
         for stage in self.branch.compressors:
             bounds.append(stage.max_bytes(bounds[-1]))
         return bounds
 
-    def _selections(self) -> Iterator[tuple[Selector, int]]:
-        """Yield each selecting stage with the number of coordinates before it."""
-        length = self.size
+    @cached_property
+    def _selections(self) -> list[tuple[Selector, int]]:
+        """Each selecting stage with the number of coordinates before it."""
+        selections, length = [], self.size
         for selector in self.branch.selectors:
-            yield selector, length
+            selections.append((selector, length))
             length = selector.count(self.view, length)
+        return selections
+
+    @cached_property
+    def _num_values(self) -> int:
+        """How many values travel."""
+        if not self._selections:
+            return self.size
+        selector, length = self._selections[-1]
+        return selector.count(self.view, length)
 
     def open(self, segment: Buffer, reference: Values | None) -> Opened:
-        """Check a segment's structure and finiteness.
+        """Take a segment apart.
 
         Raises:
             OversizedPayloadError: A compressed part is larger than the tensor can need.
             CorruptPayloadError: The segment has another structure.
-            NonFiniteError: A value is NaN or infinite.
         """
-        for stage, bound in zip(reversed(self.branch.compressors), reversed(self._bounds()[:-1]), strict=True):
+        for stage, bound in zip(reversed(self.branch.compressors), reversed(self._bounds[:-1]), strict=True):
             segment = stage.decode(segment, bound)
-        length = self._num_values()
+        length = self._num_values
         num_bytes = self.branch.values.num_bytes(length)
         if len(segment) < num_bytes or (len(segment) > num_bytes and self.branch.index is None):
             raise CorruptPayloadError(
                 explain("a segment has another size than its tensor needs", expected=num_bytes, found=len(segment))
             )
-        self.branch.values.check(segment[:num_bytes], length)
         return Opened(segment[:num_bytes], length, self._positions(segment[num_bytes:], reference))
 
-    def _num_values(self) -> int:
-        length = self.size
-        for selector, before in self._selections():
-            length = selector.count(self.view, before)
-        return length
+    def check(self, opened: Opened) -> None:
+        """Refuse values that no encoder writes, which :meth:`decode` and :meth:`add` rely on.
+
+        Raises:
+            CorruptPayloadError: A field is outside its range.
+            NonFiniteError: A value is NaN or infinite.
+        """
+        self.branch.values.check(opened.values, opened.length)
 
     def _positions(self, coded: Buffer, reference: Values | None) -> Positions:
         positions: Positions = slice(0, self.size)
-        for selector, length in self._selections():
+        for selector, length in self._selections:
             if selector.positions_travel and self.branch.index:
                 picked: Positions = self.branch.index.decode(coded, length, selector.count(self.view, length))
             else:
@@ -128,7 +139,7 @@ class TensorCodec:
     def coverage(self, reference: Values | None) -> NDArray[np.bool_]:
         """Return bool [size], True where the payload says something about a coordinate."""
         positions: Positions = slice(0, self.size)
-        for selector, length in self._selections():
+        for selector, length in self._selections:
             if selector.covers_all:
                 continue
             picked = selector.pick(self.view, length, None, reference)
@@ -161,9 +172,9 @@ def bind(pipeline: Pipeline, layout: Layout, round_: int, seed: int, site_index:
     Raises:
         ConfigError: No branch covers a tensor's role.
     """
-    codecs, offset = {}, 0
+    codecs, offset, total = {}, 0, layout.num_parameters
     for spec in layout.tensors:
-        view = TensorView(spec.name, offset, layout.num_parameters, round_, seed, site_index)
+        view = TensorView(spec.name, offset, total, round_, seed, site_index)
         codecs[spec.name] = TensorCodec(pipeline.branch(spec.role), view, spec.size)
         offset += spec.size
     return codecs

@@ -138,6 +138,14 @@ def test_top_k_is_exact_and_the_first_of_equals_wins(values: np.ndarray, share: 
     np.testing.assert_array_equal(largest(values, count), oracle)
 
 
+@pytest.mark.parametrize("count", [1, 2, 1000, 50_000, 99_999, 100_000])
+@pytest.mark.parametrize("decimals", [0, 2, 7])
+def test_top_k_of_a_long_array_is_exact_with_and_without_ties(count: int, decimals: int) -> None:
+    values = np.random.default_rng(count).standard_normal(100_000).round(decimals).astype(np.float32)
+    oracle = np.sort(np.argsort(-np.abs(values), kind="stable")[:count])
+    np.testing.assert_array_equal(largest(values, count), oracle)
+
+
 def test_top_k_of_equal_values_takes_the_first() -> None:
     np.testing.assert_array_equal(largest(np.full(100_000, -2.5, np.float32), 777), np.arange(777))
 
