@@ -43,7 +43,7 @@ def attach_adapter(base: LoadedBase, adapter: LoraSpec) -> PeftModel:
         slot.model, slot.adapter = _wrap(base.model, adapter), adapter
         if base.spec.gradient_checkpointing:
             # Without re-entrance the inputs need no gradient, and the first layers no backward pass.
-            base.model.gradient_checkpointing_enable({"use_reentrant": False})
+            base.model.activation_checkpointing_enable({"use_reentrant": False})
     layout = layout_of(slot.model)
     write_adapter(slot.model, layout, initial_arrays(layout, seed=0))
     slot.model.eval()
@@ -115,11 +115,11 @@ def _wrap(model: PreTrainedModel, adapter: LoraSpec) -> PeftModel:
 
 
 def _targets(model: PreTrainedModel, wanted: str) -> str | list[str]:
-    """Turn the spec's words into what PEFT understands: a regular expression, `all-linear`, or names."""
-    known = sorted({name.rpartition(".")[2] for name in linear_names(model)})
+    """Turn the spec's words into what PEFT understands: names, or a regular expression."""
+    known = sorted({_last(name) for name in linear_names(model)})
     architecture = model.config.model_type
     if wanted == "all-linear":
-        return wanted
+        return _all_linear(model)
     if wanted == "auto" and architecture not in DEFAULT_TARGETS:
         raise ModelError(
             explain(
@@ -143,6 +143,18 @@ def _targets(model: PreTrainedModel, wanted: str) -> str | list[str]:
             )
         )
     return names
+
+
+def _all_linear(model: PreTrainedModel) -> list[str]:
+    """Name every linear layer but the head: by the last part of the name where that is enough, else in full."""
+    layers = set(linear_names(model))
+    last = {_last(name) for name in layers}
+    catches_others = any(_last(name) in last and name not in layers for name, _ in model.named_modules())
+    return sorted(layers if catches_others else last)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _matches_any(model: PreTrainedModel, name: str) -> bool:

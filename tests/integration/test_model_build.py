@@ -232,11 +232,10 @@ print(base.from_cache, base.model(torch.arange(40)[None]).logits.sum().item())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_start_cold_share_one_quantization(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", RACE_SCRIPT, f"path:{tiny}", str(tmp_path / "cache")]
-    processes = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

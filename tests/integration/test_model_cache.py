@@ -158,7 +158,7 @@ def test_a_builder_that_fails_leaves_no_trace_and_its_error_is_kept(tmp_path: Pa
 
 def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ModelError, match="cache cannot be written.*FEDLLM_CACHE"):
+    with pytest.raises(ModelError, match=r"cache cannot be written.*FEDLLM_CACHE"):
         cache.obtain(tmp_path / "file" / "root", "key", build_payload)
 
 

@@ -89,7 +89,7 @@ def test_every_shard_of_an_index_must_be_there(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-1.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match="'model-2.safetensors'"):
+    with pytest.raises(ModelError, match=r"'model-2\.safetensors'"):
         resolve(f"path:{tmp_path}", tmp_path)
     (tmp_path / "model-2.safetensors").write_bytes(b"")
     assert [path.name for path in resolve(f"path:{tmp_path}", tmp_path).weights] == list(index["weight_map"].values())
