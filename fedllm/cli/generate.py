@@ -68,6 +68,8 @@ def _load(folder: RunFolder, manifest: Manifest, adapter: Path | None, limit: in
     from fedllm.model.generate import answer, without_adapter
 
     spec = manifest.run_config.spec
+    if sys.stderr.isatty():
+        print("loading the base; quantizing it the first time takes a minute ...", file=sys.stderr)
     base = load_base(spec.base, home=folder.path.parents[1], cache_dir=default_cache_dir(), device=device)
     _check_base(manifest, base.fingerprint)
     model = attach_adapter(base, spec.adapter)

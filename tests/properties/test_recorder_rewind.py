@@ -22,7 +22,7 @@ def write(folder: RunFolder, events: list[Event]) -> None:
             recorder.record(event)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), num_rounds=st.integers(1, 4), status=st.sampled_from(["finished", "failed", ""]))
 def test_rewinding_and_going_on_gives_the_files_of_an_undisturbed_run(
     data: st.DataObject, num_rounds: int, status: str
@@ -53,6 +53,7 @@ def _belongs_after(event: Event, round_: int) -> bool:
     return event.get("round", round_ + 1) > round_
 
 
+@settings(max_examples=30, deadline=None)
 @given(num_rounds=st.integers(0, 4), round_=st.integers(0, 5))
 def test_rewinding_twice_is_rewinding_once(num_rounds: int, round_: int) -> None:
     with TemporaryDirectory() as home:

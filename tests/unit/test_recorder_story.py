@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.text import clean, width
@@ -110,6 +110,7 @@ HOSTILE = st.text(max_size=40) | st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(name=HOSTILE, reason=HOSTILE, answer=HOSTILE)
 def test_what_sites_send_cannot_steer_the_terminal_or_forge_a_line(name: str, reason: str, answer: str) -> None:
     events = sample_events(3, {name: 3.0, "other": 3.2})

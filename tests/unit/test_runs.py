@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm import files
@@ -102,6 +102,7 @@ EVENTS = [{"event": "round", "round": number, "name": "gr\u00fc\u00df\U0001f600"
 LINES = [json.dumps(event, ensure_ascii=False).encode() + b"\n" for event in EVENTS]
 
 
+@settings(deadline=None)
 @given(cut=st.integers(0, sum(map(len, LINES))))
 def test_metrics_cut_anywhere_give_exactly_the_events_that_are_whole(
     tmp_path_factory: pytest.TempPathFactory, cut: int
