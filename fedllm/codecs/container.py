@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
 import xxhash
@@ -81,7 +81,7 @@ class PayloadHeader:
 
     def to_json(self) -> bytes:
         """Return the canonical JSON text."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+        return json.dumps(vars(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
 def _reason_against(header: PayloadHeader) -> str:

@@ -39,13 +39,13 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     import numba  # here because it takes half a second, which `fedllm --help` should not pay
 
     config: Any = numba.config
-    if not config.CACHE_DIR and not _is_writable(Path(__file__).parent) and not _is_writable(Path.home()):
+    if not config.CACHE_DIR and not (_is_writable(os.path.dirname(__file__)) or _is_writable(os.path.expanduser("~"))):
         config.CACHE_DIR = str(private_cache_dir())
     compiled: Callable[..., Any] = numba.njit(function, nogil=True, cache=True)
     return compiled
 
 
-def _is_writable(folder: Path) -> bool:
+def _is_writable(folder: str) -> bool:
     return os.access(folder, os.W_OK)
 
 

@@ -6,6 +6,7 @@ checksum, structure and finiteness before its first use. Nothing larger than the
 
 from __future__ import annotations
 
+import functools
 import mmap
 from collections.abc import Mapping
 from contextlib import suppress
@@ -322,12 +323,20 @@ def _check_layout(head: Head, layout: Layout, where: str) -> None:
 
 def _read_pipeline(header: PayloadHeader, layout: Layout) -> Pipeline:
     try:
-        pipeline = parse(header.pipeline)
+        pipeline = _parse_wire_text(header.pipeline)
         pipeline.check(layout)
     except ConfigError as error:
         raise PayloadVersionError(f"This release cannot read the payload's pipeline. {error}") from error
-    if pipeline.wire_text != header.pipeline:
+    return pipeline
+
+
+@functools.lru_cache(
+    maxsize=64
+)  # all sites of a run send the same text, and a text with versions never changes meaning
+def _parse_wire_text(text: str) -> Pipeline:
+    pipeline = parse(text)
+    if pipeline.wire_text != text:
         raise CorruptPayloadError(
-            explain("a payload's pipeline is not canonical", expected=pipeline.wire_text, found=header.pipeline)
+            explain("a payload's pipeline is not canonical", expected=pipeline.wire_text, found=text)
         )
     return pipeline

@@ -239,9 +239,22 @@ def test_two_processes_write_the_same_bytes() -> None:
     assert run.stdout == encode(text)[1].digest
 
 
-def test_kernels_are_cached_in_a_private_folder_when_the_installation_is_read_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_are_cached_in_a_private_folder_when_the_installation_is_read_only(tmp_path: Path) -> None:
+    code = """
+from fedllm.codecs import jit
+jit._is_writable = lambda folder: False  # the tests may run as root, for whom every folder is writable
+from fedllm.codecs.dense import to_bf16_bits
+import numpy as np
+print(to_bf16_bits(np.ones(3, np.float32))[0])
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.strip() == str(0x3F80)
+    assert list(tmp_path.glob("fedllm-numba-*/*/dense.*.nbi"))
+
+
+def test_a_cache_folder_that_others_can_write_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = private_cache_dir()
     assert folder.parent == tmp_path

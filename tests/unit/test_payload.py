@@ -205,6 +205,23 @@ def test_more_than_the_receiver_allows_is_refused_before_it_is_looked_at(tmp_pat
         opened(source, max_bytes=info.num_bytes).close()
 
 
+@pytest.mark.parametrize("pipeline", ["fp32", "nf4", SPARSE])
+def test_a_damaged_file_is_refused_and_let_go(tmp_path: Path, pipeline: str) -> None:
+    path = tmp_path / "payload"
+    path.write_bytes(reseal(encode(pipeline)[0], lambda segments: segments.__setitem__(0, b"")))
+    with pytest.raises(CorruptPayloadError), opened(path) as reader:
+        reader.verify()
+    damaged = bytearray(encode(pipeline)[0])
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CorruptPayloadError, match=f"segment is damaged.*payload {path}"), opened(path) as reader:
+        reader.verify()
+    with pytest.raises(AgreementError), opened(path, base="other"):
+        pass
+    with pytest.raises(LayoutError), opened(path, layout=Layout(LAYOUT.tensors[:1])):
+        pass
+
+
 @pytest.mark.parametrize("pipeline", ["fp32", SPARSE])
 def test_every_flipped_bit_is_noticed(pipeline: str) -> None:
     payload, _ = encode(pipeline)
