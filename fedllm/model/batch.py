@@ -1,109 +1,168 @@
-"""Token sequences as tensors: padded, with a mask that keeps packed examples apart.
+"""Token sequences as tensors, and the logits at their targets.
 
-Shape legend: N sequences, L tokens in the longest of them, T targets over all of them, H width of the model.
+Examples packed into one sequence must not see each other: positions restart in each, and attention stays inside it. Three
+arrangements do that:
+
+- ``mask``: one row per sequence, padded on the right, with a block-diagonal causal mask [B, 1, L, L]. Without packing no
+  mask is needed: attention is causal, and padding comes last.
+- ``positions``: the same rows without a mask, for architectures whose layers differ in what they attend to (sliding
+  windows). transformers makes each layer's mask itself from positions that restart.
+- ``flat``: all sequences in one row, without padding, for kernels that take lengths instead of masks (FlashAttention).
+
+Shape legend: B sequences, L tokens of the longest one, T targets, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.nn import functional
+from numpy.typing import NDArray
+from torch import nn
 
 from fedllm.data.sequences import Sequence
+from fedllm.errors import DataError, explain
+
+Arrangement = Literal["mask", "positions", "flat"]
+
+_PADDING = 0
+"""Segment id of padding; also the token there, which nobody attends to and which predicts nothing."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Several sequences, ready for a model.
+    """Sequences ready for a model.
 
     Attributes:
-        input_ids: int64 [N, L], 0 where a sequence is shorter.
-        position_ids: int64 [N, L], restarting at 0 in every segment.
-        attention_mask: bool [N, 1, L, L], True where a token may look; None if all sequences are whole and unpacked, where
-            the model's own causal mask says the same and is faster.
-        sources: int64 [T], flat indices into [N, L] of the tokens whose successor is a target.
-        targets: int64 [T], those successors.
+        input_ids: int64 [B, L].
+        position_ids: int64 [B, L], from 0 in each segment.
+        attention_mask: [B, 1, L, L], bool (True: attends) or additive float; None where causal attention is enough.
+        target_rows: int64 [T], row of each target.
+        target_columns: int64 [T], column of the token that *predicts* it, one before its own.
+        targets: int64 [T], the token to predict.
+        num_tokens: Tokens without padding.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
-    sources: torch.Tensor
+    target_rows: torch.Tensor
+    target_columns: torch.Tensor
     targets: torch.Tensor
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens that count in the loss."""
-        return len(self.targets)
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
-        mask = self.attention_mask
-        return Batch(
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            mask.to(device) if mask is not None else None,
-            self.sources.to(device),
-            self.targets.to(device),
-        )
+    num_tokens: int
 
 
-def collate(sequences: Several[Sequence]) -> Batch:
-    """Turn sequences into a batch."""
-    shape = (len(sequences), max(len(sequence) for sequence in sequences))
-    ids, targets = np.zeros(shape, np.int64), np.zeros(shape, bool)
-    segments, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    for row, sequence in enumerate(sequences):
-        size = len(sequence)
-        ids[row, :size], targets[row, :size] = sequence.input_ids, sequence.target_mask
-        segments[row, :size] = sequence.segment_ids
-        positions[row, :size] = _positions(sequence.segment_ids)
-    sources = np.flatnonzero(targets) - 1
+def arrangement_for(model: nn.Module) -> Arrangement:
+    """Choose the arrangement that a model's attention can work with."""
+    config: Any = model.config
+    if str(config._attn_implementation).startswith("flash"):
+        return "flat"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return "mask" if kinds == {"full_attention"} and not getattr(config, "sliding_window", None) else "positions"
+
+
+def collate(sequences: Iterable[Sequence], model: nn.Module, arrangement: Arrangement | None = None) -> Batch:
+    """Put sequences together as a model wants them.
+
+    Args:
+        sequences: At least one.
+        model: Its attention and device decide the form.
+        arrangement: Another one than :func:`arrangement_for` chooses.
+
+    Raises:
+        DataError: There is none, or the first token of a segment is a target (nothing could predict it).
+    """
+    rows = list(sequences)
+    _check(rows)
+    arrangement = arrangement or arrangement_for(model)
+    rows = [_joined(rows)] if arrangement == "flat" else rows
+    segments = _padded([row.segment_ids for row in rows])  # [B, L]
+    is_target = _padded([row.target_mask for row in rows]).astype(bool)  # [B, L]
+    ids = _padded([row.input_ids for row in rows]).astype(np.int64)  # [B, L]
+    target_rows, columns = np.nonzero(is_target)
+    mask = _mask(segments, model) if arrangement == "mask" and segments.max(initial=0) > 1 else None
+    device = next(model.parameters()).device
+    to_device = [ids, _positions(segments), target_rows, columns - 1, ids[target_rows, columns]]
+    tensors = [torch.from_numpy(array).to(device) for array in to_device]
     return Batch(
-        torch.from_numpy(ids),
-        torch.from_numpy(positions),
-        _mask(segments),
-        torch.from_numpy(sources),
-        torch.from_numpy(ids.reshape(-1)[sources + 1]),
+        input_ids=tensors[0],
+        position_ids=tensors[1],
+        attention_mask=None if mask is None else mask.to(device),
+        target_rows=tensors[2],
+        target_columns=tensors[3],
+        targets=tensors[4],
+        num_tokens=sum(map(len, rows)),
     )
 
 
-def _positions(segment_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Count from 0 within each run of equal segment ids."""
-    index = np.arange(len(segment_ids))
-    starts = np.flatnonzero(np.r_[True, segment_ids[1:] != segment_ids[:-1]])
-    return np.asarray(index - np.repeat(starts, np.diff(np.r_[starts, len(segment_ids)])))
+def target_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the logits [T, V] that predict the batch's targets, and compute no others.
 
-
-def _mask(segments: np.ndarray[Any, Any]) -> torch.Tensor | None:
-    """Return who may look at whom: earlier tokens of the same segment. Padding looks at itself, so that no row is empty."""
-    if (segments == 1).all():
-        return None
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    size = segments.shape[1]
-    return torch.from_numpy(same & np.tri(size, dtype=bool))
-
-
-def target_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """Return the logits that predict the targets, float32 [T, vocabulary]; no others are computed.
-
-    Args:
-        model: A causal language model of transformers, or PEFT's wrapper around one.
-        batch: On the model's device.
+    The output head is most of a small model's work and of a large vocabulary's memory, so only the hidden states that
+    predict a target reach it. A hook on the head picks them, which works for every architecture and keeps what it does to
+    its logits (scaling, soft caps).
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.get_decoder()(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
-    chosen = hidden.reshape(-1, hidden.shape[-1])[batch.sources]
-    logits: torch.Tensor = base.get_output_embeddings()(chosen)
-    return logits.float()
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+
+    def pick(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden, *others = arguments  # [B, L, H]
+        return (hidden[batch.target_rows, batch.target_columns], *others)
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        output = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+        )
+    finally:
+        handle.remove()
+    logits: torch.Tensor = output.logits
+    return logits
 
 
-def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy summed over targets, in nats."""
-    return functional.cross_entropy(logits, targets, reduction="sum")
+def _check(rows: list[Sequence]) -> None:
+    if not rows:
+        raise DataError(explain("a batch is empty", expected="at least one sequence"))
+    for row in rows:
+        starts = np.diff(row.segment_ids, prepend=_PADDING) != 0
+        if (row.target_mask & starts).any():
+            raise DataError(explain("the first token of a segment is a target; nothing predicts it"))
+
+
+def _joined(rows: list[Sequence]) -> Sequence:
+    """Put all rows into one, with a segment id of its own for every segment."""
+    offsets = np.cumsum([0, *(row.segment_ids.max(initial=0) for row in rows[:-1])])
+    return Sequence(
+        np.concatenate([row.input_ids for row in rows]),
+        np.concatenate([row.target_mask for row in rows]),
+        np.concatenate([row.segment_ids + offset for row, offset in zip(rows, offsets, strict=True)]),
+    )
+
+
+def _padded(rows: list[NDArray[Any]]) -> NDArray[Any]:
+    table = np.full((len(rows), max(map(len, rows))), _PADDING, rows[0].dtype)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table
+
+
+def _positions(segments: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Count from 0 in each segment; padding counts as a segment."""
+    columns = np.arange(segments.shape[1])
+    starts = np.diff(segments, prepend=-1) != 0  # [B, L]
+    return columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+
+
+def _mask(segments: NDArray[np.int32], model: nn.Module) -> torch.Tensor:
+    """Return who attends to whom: earlier tokens (and itself) of the same segment."""
+    same = torch.from_numpy(segments[:, :, None] == segments[:, None, :])
+    mask = same.tril()[:, None]  # [B, 1, L, L]
+    if model.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
+        return mask
+    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

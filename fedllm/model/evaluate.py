@@ -1,27 +1,27 @@
-"""Loss and accuracy on held-out text."""
+"""Loss, perplexity and accuracy on held-out text, without keeping logits that nobody asks for."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Several
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 from fedllm.data.sequences import Sequence
-from fedllm.errors import DataError, TrainingError, explain
-from fedllm.model.batch import collate, loss_sum, target_logits
+from fedllm.model.batch import collate, target_logits
 
 
 @dataclass(frozen=True)
 class LossTotals:
-    """Sums over target tokens.
+    """Sums over target tokens, so that results of several sites add up.
 
     Attributes:
-        loss_sum: Cross-entropy in nats.
-        num_targets: Tokens that were to be predicted.
-        num_correct: Tokens that the model ranks first.
+        loss_sum: Negative log-likelihood in nats, over all target tokens.
+        num_targets: Target tokens.
+        num_correct: Those whose most likely prediction is right.
     """
 
     loss_sum: float
@@ -30,40 +30,53 @@ class LossTotals:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy over target tokens, in nats."""
-        return self.loss_sum / self.num_targets
+        """Nats per target token; NaN without any."""
+        return self.loss_sum / self.num_targets if self.num_targets else math.nan
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the mean loss, infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """`exp(loss)`; infinite where that overflows."""
+        return math.exp(self.loss) if not self.loss > 700 else math.inf
 
     @property
     def accuracy(self) -> float:
-        """Share of target tokens that the model ranks first."""
-        return self.num_correct / self.num_targets
+        """Share of target tokens predicted right; NaN without any."""
+        return self.num_correct / self.num_targets if self.num_targets else math.nan
+
+    def __add__(self, other: LossTotals) -> LossTotals:
+        """Add the totals of two parts."""
+        return LossTotals(
+            self.loss_sum + other.loss_sum, self.num_targets + other.num_targets, self.num_correct + other.num_correct
+        )
 
 
-def evaluate_loss(model: Any, sequences: Several[Sequence], batch_size: int) -> LossTotals:
-    """Evaluate a model on sequences; sequences of similar length share a batch, so little is padded.
+def evaluate_loss(model: nn.Module, sequences: Many[Sequence], batch_size: int) -> LossTotals:
+    """Evaluate a model on sequences, in evaluation mode, and leave it in the mode it was in.
 
-    Raises:
-        DataError: There is no target token.
-        TrainingError: The loss is not finite.
+    Sequences of like length share a batch, so that little is padded; sums are in float64, so the result hardly depends on
+    the batches.
+
+    Args:
+        model: With or without adapter.
+        sequences: Those without target tokens count nothing.
+        batch_size: Sequences computed at once.
     """
-    device = next(model.parameters()).device
-    ordered = sorted(sequences, key=len)
-    loss, num_targets, num_correct = 0.0, 0, 0
+    useful = sorted((sequence for sequence in sequences if sequence.num_targets), key=len, reverse=True)
+    was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(ordered), batch_size):
-            batch = collate(ordered[start : start + batch_size]).to(device)
-            logits = target_logits(model, batch)
-            loss += float(loss_sum(logits, batch.targets).double())
-            num_targets += batch.num_targets
-            num_correct += int((logits.argmax(-1) == batch.targets).sum())
-    if num_targets == 0:
-        raise DataError(explain("there is nothing to evaluate", found=f"{len(ordered)} sequences without a target"))
-    if not math.isfinite(loss):
-        raise TrainingError(explain("the evaluation's loss is not finite", found=loss, fix="Lower the learning rate."))
-    return LossTotals(loss, num_targets, num_correct)
+    try:
+        totals = LossTotals(0.0, 0, 0)
+        for start in range(0, len(useful), batch_size):
+            totals += _evaluate_batch(model, useful[start : start + batch_size])
+        return totals
+    finally:
+        model.train(was_training)
+
+
+@torch.inference_mode()
+def _evaluate_batch(model: nn.Module, sequences: Many[Sequence]) -> LossTotals:
+    batch = collate(sequences, model)
+    logits = target_logits(model, batch).float()  # [T, V]
+    losses = cross_entropy(logits, batch.targets, reduction="none")  # [T]
+    correct = logits.argmax(dim=-1) == batch.targets
+    return LossTotals(float(losses.double().sum()), len(batch.targets), int(correct.sum()))

@@ -1,45 +1,68 @@
-"""Answer a prompt with a model, with or without its adapter."""
+"""Answer a prompt with a model, to show people what training changed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
 def answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, system: str | None = None
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    system: str | None = None,
 ) -> str:
-    """Return the model's greedy answer to one prompt, through the tokenizer's chat template.
+    """Return the model's greedy answer to a question, without special tokens.
 
     Args:
-        model: A causal language model, or PEFT's wrapper around one.
-        tokenizer: With chat template.
-        prompt: What the user says.
-        max_new_tokens: Length of the answer at most, in tokens.
-        system: A system message to put before it.
+        model: With its adapter on, or inside :func:`without_adapter`.
+        tokenizer: With a chat template.
+        prompt: The user's message.
+        max_new_tokens: Length of the answer.
+        system: A system message before it; None for the template's own default.
     """
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
-    inputs: Any = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    inputs = inputs.to(next(model.parameters()).device)
+    inputs = encoded.to(next(model.parameters()).device)
+    was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
-        )
-    text: Any = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return str(text).strip()
+    try:
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                generation_config=_greedy(model, tokenizer, max_new_tokens),
+            )
+    finally:
+        model.train(was_training)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
-@contextmanager
-def without_adapter(model: PeftModel) -> Iterator[None]:
-    """Let a model compute what its base computes."""
-    with model.disable_adapter():
-        yield
+def without_adapter(model: PeftModel) -> AbstractContextManager[None]:
+    """Return a context in which the model computes what its base computes."""
+    context: AbstractContextManager[None] = model.disable_adapter()
+    return context
+
+
+def _greedy(model: PeftModel, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    """Decode greedily, until any token that ends a turn; a model may name several."""
+    base: Any = model.get_base_model()
+    own = base.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad,
+    )

@@ -1,0 +1,6 @@
+"""Local training: so many optimizer steps on the site's own batches, changing the adapter and nothing else."""
+
+from client_app.training.loop import train
+from client_app.training.plan import StepReport, TrainPlan, TrainResult, learning_rate_at
+
+__all__ = ["StepReport", "TrainPlan", "TrainResult", "learning_rate_at", "train"]
