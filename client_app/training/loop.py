@@ -101,8 +101,9 @@ def _draw(batches: Iterator[list[Sequence]], plan: TrainPlan, step: int) -> list
     drawn = list(itertools.islice(batches, plan.accumulation))
     assert all(len(batch) <= plan.batch_size for batch in drawn), "batches are drawn by the plan's batch size"
     useful = [batch for batch in drawn if any(sequence.num_targets for sequence in batch)]
-    if len(drawn) < plan.accumulation or not useful:
-        problem = "a step has no target token" if drawn else "there are too few batches"
+    is_short = len(drawn) < plan.accumulation
+    if is_short or not useful:
+        problem = "there are too few batches" if is_short else "a step has no target token"
         raise DataError(explain(problem, where=f"step {step}", fix="Check the site's data: it may be cut too short."))
     return useful
 

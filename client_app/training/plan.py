@@ -121,9 +121,9 @@ def learning_rate_at(step: int, plan: TrainPlan) -> float:
     the peak and the last of which takes it all; then, with `p` the share done of what is left, cosine is
     `(1 + cos(pi p)) / 2`, linear is `1 - p`, constant is 1.
     """
-    warmup = math.ceil(plan.warmup_fraction * plan.total_steps)
+    warmup = math.ceil(round(plan.warmup_fraction * plan.total_steps, 6))  # 0.07 * 100 is a little more than 7
     if step < warmup:
-        return plan.learning_rate * (step + 1) / warmup
+        return plan.learning_rate * ((step + 1) / warmup)
     progress = (step - warmup) / max(1, plan.total_steps - warmup)
     course = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}
     return plan.learning_rate * course[plan.schedule]
