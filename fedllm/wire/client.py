@@ -7,6 +7,7 @@ import errno
 import glob
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -160,16 +161,18 @@ class UpdateClient:
             logger.info("a fetch could not be confirmed: %s", judge(error, self.address).error)
 
     def _push_once(self, sender: _Sender, patience: Patience, stub: Stub) -> None:
-        status = stub.push_status(sender.announcement, timeout=min(QUICK_CALL_S, patience.remaining_s))
+        asking = stub.push_status.future(sender.announcement, timeout=min(QUICK_CALL_S, patience.remaining_s))
+        with Watch(asking, self._stall_s, patience):
+            status = asking.result()
         if status.delivered:
             return
         if sender.go_on_at(status.offset):
             patience.progressed()
-        call = stub.push.future(sender.messages(), timeout=patience.remaining_s)
-        with Watch(call, self._stall_s, patience) as watch:
+        sending = stub.push.future(sender.messages(), timeout=patience.remaining_s)
+        with Watch(sending, self._stall_s, patience) as watch:
             sender.on_chunk = watch.moved
             try:
-                call.result()
+                sending.result()
             except (grpc.RpcError, grpc.FutureCancelledError) as error:
                 sender.check(judge(error, self.address).reason)
                 raise
@@ -182,8 +185,13 @@ class UpdateClient:
             channel = grpc.insecure_channel(self.address, options)
         else:
             channel = grpc.secure_channel(self.address, self._credentials, options)
-        with channel:
+        try:
             yield channel
+        except BaseException:
+            # Closing waits for bytes that are on their way, on a dead connection until it times out.
+            threading.Thread(target=channel.close, name="update-close", daemon=True).start()
+            raise
+        channel.close()
 
 
 @contextlib.contextmanager

@@ -41,10 +41,11 @@ class Receipt:
 class Part:
     """A file that grows to an announced payload, from what an earlier part already held.
 
-    Writes are serialized, and after :meth:`close` all of them fail, so another thread can end a writer at any time.
+    Writes are serialized, and after :meth:`close` all of them fail, so another thread can end a writer at any time. The
+    file is open only while it is written, so a writer that is dropped leaves nothing behind but its bytes.
 
     Args:
-        path: The file; opened behind what it holds, or made.
+        path: The file; need not exist.
         announced: What it has to become.
         deliver: Moves the verified, synced file into place.
         durable: Bring the file to the disk before it is delivered; not needed for what can be had again.
@@ -54,13 +55,12 @@ class Part:
         self, path: Path, announced: Receipt, deliver: Callable[[Path], None], *, durable: bool = True
     ) -> None:
         self.path, self.announced = path, announced
-        self._durable = durable
-        self._deliver = deliver
+        self._deliver, self._durable = deliver, durable
         self._lock = threading.Lock()
+        self._closed = False
         self._sha: hashlib._Hash | None = None
         with clear_disk_errors(path):
-            self._file = path.open("a+b", buffering=0)
-            self._size = os.fstat(self._file.fileno()).st_size
+            self._size = path.stat().st_size if path.exists() else 0
         if self._size > announced.size:
             self.rewind()
 
@@ -83,7 +83,7 @@ class Part:
     @property
     def closed(self) -> bool:
         """Tell whether writing has ended."""
-        return self._file.closed
+        return self._closed
 
     def append(self, chunk: bytes | memoryview) -> None:
         """Write the next bytes.
@@ -106,7 +106,7 @@ class Part:
     def rewind(self) -> None:
         """Forget what is held and begin at the first byte."""
         with self._writing():
-            self._file.truncate(0)
+            self.path.unlink(missing_ok=True)
             self._sha, self._size = None, 0
 
     def finish(self) -> None:
@@ -122,26 +122,26 @@ class Part:
                     explain("a payload is not complete", expected=self.announced.size, found=self._size)
                 )
             found = self._hash_of_held().hexdigest()
+            self._closed = True
             if found != self.announced.digest:
-                self._file.close()
-                self.path.unlink()
+                self.path.unlink(missing_ok=True)
                 raise CorruptPayloadError(
                     explain("a payload has another SHA-256", expected=self.announced.digest, found=found)
                 )
-            if self._durable:
-                os.fsync(self._file.fileno())
-            self._file.close()
+            with self.path.open("ab") as file:
+                if self._durable:
+                    os.fsync(file.fileno())
             self._deliver(self.path)
 
     def close(self) -> None:
         """Stop writing and keep what is held. Closing twice does nothing."""
         with self._lock:
-            self._file.close()
+            self._closed = True
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         with self._lock, clear_disk_errors(self.path):
-            if self._file.closed:
+            if self._closed:
                 raise TransportError(explain("a transfer was superseded or its round closed", where=self.path.name))
             yield
 
@@ -149,16 +149,18 @@ class Part:
         """Return the running hash; after a restart it is computed once from the file."""
         if self._sha is None:
             self._sha = hashlib.sha256()
-            self._file.seek(0)
-            while chunk := self._file.read(CHUNK_BYTES):
-                self._sha.update(chunk)
+            if self._size:
+                with self.path.open("rb") as file:
+                    while chunk := file.read(CHUNK_BYTES):
+                        self._sha.update(chunk)
         return self._sha
 
     def _write(self, chunk: bytes | memoryview) -> None:
         rest = memoryview(chunk)
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError:
-            self._file.truncate(self._size)
-            raise
+        with self.path.open("ab", buffering=0) as file:
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(self._size)
+                raise

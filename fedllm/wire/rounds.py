@@ -48,12 +48,13 @@ class Rounds:
 
     async def close(self, round_: int) -> None:
         """Admit no more tickets of a round, cancel its transfers and wait until they have let go of their files."""
-        closed = self._rounds.pop(round_, None)
-        if closed is not None and closed.transfers:
-            ended = list(closed.transfers.values())
-            for task in closed.transfers:
-                task.cancel()
-            await asyncio.wait(ended)
+        if (closed := self._rounds.pop(round_, None)) is not None:
+            await _cancel(closed)
+
+    async def interrupt(self) -> None:
+        """Cancel all transfers, as a connection that breaks would, and wait until they have let go of their files."""
+        for current in self._rounds.values():
+            await _cancel(current)
 
     def admit(self, ticket: Ticket) -> _Round:
         """Let a ticket pass if its round is open in the attempt that it was issued for.
@@ -111,6 +112,14 @@ class Rounds:
             yield
         finally:
             self._turns.release()
+
+
+async def _cancel(current: _Round) -> None:
+    ended = list(current.transfers.values())
+    for task in current.transfers:
+        task.cancel()
+    if ended:
+        await asyncio.wait(ended)
 
 
 def _closed_error(ticket: Ticket) -> RefusedError:

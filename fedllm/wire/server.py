@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 
+STOP_S = 2.0
+
 
 class UpdateServer:
     """Serves fetches and pushes to the sites of one run. Use as a context manager, or call :meth:`stop`.
@@ -154,11 +156,11 @@ class UpdateServer:
             self._delivered.wait_for(lambda: self._spool.receipt(round_, site) is not None, timeout_s)
         return self._spool.receipt(round_, site)
 
-    def stop(self, grace_s: float = 0.0) -> None:
+    def stop(self) -> None:
         """Stop listening and end transfers; what they held can be resumed by a later server. May be called twice."""
         if not self._stopped:
             self._stopped = True
-            self._call(self._server.stop(grace_s))
+            self._call(self._shut_down())
             self._service.close()
             self._end_loop()
 
@@ -179,6 +181,12 @@ class UpdateServer:
         port = self._listen()
         await self._server.start()
         return port
+
+    async def _shut_down(self) -> None:
+        """Stop within seconds; a connection on which bytes are stuck would hold gRPC until it times out."""
+        stopping = asyncio.ensure_future(self._server.stop(None))
+        await self._rounds.interrupt()
+        await asyncio.wait([stopping], timeout=STOP_S)
 
     def _listen(self) -> int:
         host = f"[{self._bind}]" if ":" in self._bind else self._bind

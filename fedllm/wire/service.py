@@ -44,6 +44,9 @@ ResultT = TypeVar("ResultT")
 
 _END: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 
+_SUSPICIOUS = {Reason.TICKET, Reason.MALFORMED, Reason.STORAGE}
+"""What a person should look at; the rest belongs to connections that break and rounds that end."""
+
 NUM_DISK_THREADS = 8
 MAX_FETCHES = 4
 """How many times its size a fetch may move, resumptions included, before its ticket counts as used."""
@@ -126,7 +129,7 @@ class UpdateService:
             reading = self._on_disk(_read_chunk, file, offset, size)
             while offset < size:
                 chunk = await reading
-                self._rounds.charge(ticket, len(chunk), MAX_FETCHES * size)
+                self._rounds.charge(ticket, min(CHUNK_BYTES, size - offset), MAX_FETCHES * size)
                 offset += CHUNK_BYTES
                 reading = self._on_disk(_read_chunk, file, offset, size)
                 async with self._patience():
@@ -155,12 +158,19 @@ class UpdateService:
         ticket = self._check(announcement.ticket, "push")
         announced = _announced(announcement, ticket)
         await self._on_disk(self._check_unused, ticket, announced)
-        async with self._rounds.transfer(ticket), self._part(ticket, announced) as part:
+        async with self._rounds.transfer(ticket):
+            part = await self._on_disk(self._spool.begin, ticket.round_, ticket.site, announced)
             if part is not None:
-                await self._fill(part, announcement.offset, context)
-                await self._on_disk(part.finish)
+                await self._receive(part, announcement.offset, context)
         self._on_delivered(ticket.round_, ticket.site, announced)
         return pb.Receipt(size=announced.size, sha256=announced.digest)
+
+    async def _receive(self, part: Part, offset: int, context: Any) -> None:
+        try:
+            await self._fill(part, offset, context)
+            await self._on_disk(part.finish)
+        finally:
+            self._disk.submit(part.close)
 
     async def _fill(self, part: Part, offset: int, context: Any) -> None:
         """Append the stream's chunks, each written to the disk while the next one arrives."""
@@ -173,16 +183,8 @@ class UpdateService:
             await writing
             writing = self._on_disk(append_chunk, part, message.chunk)
         await writing
-
-    @contextlib.asynccontextmanager
-    async def _part(self, ticket: Ticket, announced: Receipt) -> AsyncIterator[Part | None]:
-        """Open a part and close it in any case, also when the round closes while it is being opened."""
-        opening = self._on_disk(self._spool.begin, ticket.round_, ticket.site, announced)
-        try:
-            yield await asyncio.shield(opening)
-        finally:
-            if (part := await opening) is not None:
-                await self._on_disk(part.close)
+        if part.missing:
+            raise RefusedError(Reason.OUT_OF_STEP, f"The push ended {part.missing} bytes too early.")
 
     def _check_unused(self, ticket: Ticket, announced: Receipt) -> None:
         """Let a push ticket pass unless another payload was delivered with it or with a sibling."""
@@ -208,7 +210,10 @@ class UpdateService:
             raise RefusedError(Reason.STALLED, f"Nothing moved for {self._stall_s:g} s.") from None
 
     def _on_disk(self, function: Callable[..., ResultT], *args: object) -> asyncio.Future[ResultT]:
-        return asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
+        """Start a function in the disk pool. Its error is lost if nobody awaits it, as after a cancellation."""
+        future = asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return future
 
     async def _answer(self, context: Any, work: Awaitable[ResultT]) -> ResultT:
         """Await a method's work, and tell the caller why if it does not succeed."""
@@ -260,6 +265,7 @@ def _refusal(error: FedLLMError) -> RefusedError:
 
 
 async def _abort(context: Any, refusal: RefusedError) -> NoReturn:
-    logger.warning("refused %s: %s", context.peer(), refusal)
+    level = logging.WARNING if refusal.reason in _SUSPICIOUS else logging.INFO
+    logger.log(level, "refused %s: %s", context.peer(), refusal)
     await context.abort(refusal.code, str(refusal), ((METADATA_KEY, refusal.reason.value),))
     raise AssertionError("abort raises")

@@ -70,12 +70,15 @@ class Spool:
     def held(self, round_: int, site: str, announced: Receipt) -> int:
         """Return how many bytes of an announced payload are here: where its sender should go on.
 
+        A sender that asks has lost its connection, so what still writes for it is ended first.
+
         Raises:
             TransportError: The site has already delivered another payload in this round.
         """
-        if self._is_delivered(round_, site, announced):
-            return announced.size
-        with clear_disk_errors(self._incoming):
+        with self._lock, clear_disk_errors(self._incoming):
+            self._end_writer(round_, site)
+            if self._is_delivered(round_, site, announced):
+                return announced.size
             path = self._part_path(round_, site, announced)
             return min(path.stat().st_size, announced.size) if path.exists() else 0
 
@@ -89,8 +92,7 @@ class Spool:
             TransportError: The site has already delivered another payload in this round, or the disk is too full.
         """
         with self._lock:
-            if (older := self._parts.pop((round_, site), None)) is not None:
-                older.close()
+            self._end_writer(round_, site)
             if self._is_delivered(round_, site, announced):
                 return None
             path = self._part_path(round_, site, announced)
@@ -144,6 +146,10 @@ class Spool:
             for path in self._incoming.glob(f"{round_}@*.part"):
                 path.unlink()
             shutil.rmtree(self._complete / str(round_), ignore_errors=True)
+
+    def _end_writer(self, round_: int, site: str) -> None:
+        if (part := self._parts.pop((round_, site), None)) is not None:
+            part.close()
 
     def _is_delivered(self, round_: int, site: str, announced: Receipt) -> bool:
         receipt = self.receipt(round_, site)
