@@ -156,11 +156,15 @@ class Part:
         return self._sha
 
     def _write(self, chunk: bytes | memoryview) -> None:
-        rest = memoryview(chunk)
-        with self.path.open("ab", buffering=0) as file:
-            try:
-                while rest:
-                    rest = rest[file.write(rest) :]
-            except OSError:
-                file.truncate(self._size)
-                raise
+        rest, end = memoryview(chunk), self._size
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            while rest:
+                written = os.pwrite(descriptor, rest, end)
+                rest, end = rest[written:], end + written
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(descriptor, self._size)
+            raise
+        finally:
+            os.close(descriptor)
