@@ -21,7 +21,7 @@ from fedllm.wire import updates_pb2 as pb
 from fedllm.wire.digest import CHUNK_BYTES, digest_file
 from fedllm.wire.files import clear_disk_errors
 from fedllm.wire.framing import append_chunk, push_message
-from fedllm.wire.methods import CLIENT_OPTIONS, Stub
+from fedllm.wire.methods import CLIENT_OPTIONS, PORT_KEY, Stub
 from fedllm.wire.part import Part, Receipt
 from fedllm.wire.patience import Patience, Watch
 from fedllm.wire.status import Reason, RefusedError, judge
@@ -45,6 +45,7 @@ class UpdateClient:
         address: ``host:port`` of the server, or of the gateway in front of it.
         tls: Certificates, or None.
         insecure: Allow plaintext; exactly one of ``tls`` and this must be set.
+        port: Port of the update server behind a gateway, which routes by it; None where there is no gateway.
         deadline_s: Seconds for one transfer with all its attempts.
         quiet_s: Seconds of failing without a byte of progress after which a transfer is given up.
         stall_s: Seconds without a chunk after which a connection is given up for a new one.
@@ -61,6 +62,7 @@ class UpdateClient:
         *,
         tls: TlsConfig | None = None,
         insecure: bool = False,
+        port: int | None = None,
         deadline_s: float = 3600.0,
         quiet_s: float = 300.0,
         stall_s: float = 60.0,
@@ -69,6 +71,7 @@ class UpdateClient:
     ) -> None:
         self.address = address
         self._credentials = channel_credentials(tls, insecure=insecure)
+        self._metadata = ((PORT_KEY, str(port)),) if port is not None else ()
         self._deadline_s, self._quiet_s, self._stall_s = deadline_s, quiet_s, stall_s
         self._should_stop, self._progress = should_stop, progress
 
@@ -141,7 +144,7 @@ class UpdateClient:
         if not part.missing:
             return
         request = pb.FetchRequest(ticket=ticket, offset=part.size)
-        call = stub.fetch(request, timeout=patience.remaining_s)
+        call = stub.fetch(request, timeout=patience.remaining_s, metadata=self._metadata)
         with Watch(call, self._stall_s, patience) as watch, ThreadPoolExecutor(1) as disk:
             writing = disk.submit(lambda: None)
             for chunk in call:
@@ -156,19 +159,21 @@ class UpdateClient:
         """Say that the state is here. It is, so nothing is lost if the server does not hear it."""
         try:
             with self._channel() as channel:
-                Stub(channel).confirm(pb.ConfirmRequest(ticket=ticket), timeout=QUICK_CALL_S)
+                request = pb.ConfirmRequest(ticket=ticket)
+                Stub(channel).confirm(request, timeout=QUICK_CALL_S, metadata=self._metadata)
         except grpc.RpcError as error:
             logger.info("a fetch could not be confirmed: %s", judge(error, self.address).error)
 
     def _push_once(self, sender: _Sender, patience: Patience, stub: Stub) -> None:
-        asking = stub.push_status.future(sender.announcement, timeout=min(QUICK_CALL_S, patience.remaining_s))
+        timeout_s = min(QUICK_CALL_S, patience.remaining_s)
+        asking = stub.push_status.future(sender.announcement, timeout=timeout_s, metadata=self._metadata)
         with Watch(asking, self._stall_s, patience):
             status = asking.result()
         if status.delivered:
             return
         if sender.go_on_at(status.offset):
             patience.progressed()
-        sending = stub.push.future(sender.messages(), timeout=patience.remaining_s)
+        sending = stub.push.future(sender.messages(), timeout=patience.remaining_s, metadata=self._metadata)
         with Watch(sending, self._stall_s, patience) as watch:
             sender.on_chunk = watch.moved
             try:

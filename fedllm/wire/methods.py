@@ -13,6 +13,8 @@ from fedllm.wire import updates_pb2 as pb
 from fedllm.wire.framing import serialize
 
 SERVICE = "fedllm.wire.v1.Updates"
+PORT_KEY = "fedllm-port"
+"""Metadata by which a gateway knows the update server of a run."""
 MAX_CHUNK_BYTES = 4 << 20
 """Largest chunk that is accepted."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fedllm.errors import OversizedPayloadError, TransportError, explain
@@ -44,7 +45,8 @@ class StreamServerTransport:
     def offer(self, *, round_: int, site: str, state_id: str | None, max_update_bytes: int) -> Envelope:
         """Issue the tickets that one site needs."""
         self._check_open(round_, "offer")
-        fields: dict[str, Scalar] = {"transport": KIND, "address": self._address, "max-update-bytes": max_update_bytes}
+        fields: dict[str, Scalar] = {"transport": KIND, "address": self._address, "port": self._server.port}
+        fields["max-update-bytes"] = max_update_bytes
         if state_id is not None:
             state = self._server.published(state_id)
             fields |= {"state-size": state.size, "state-sha256": state.digest}
@@ -86,16 +88,18 @@ class StreamClientTransport:
     """Client end of transport ``grpc`` (see :class:`fedllm.wire.transport.ClientTransport`).
 
     Args:
-        client: Connects to the address that the site's admin or the instruction names.
+        connect: Makes a client for an address and a port, with the site's certificates and patience, for example
+            ``partial(UpdateClient, tls=TlsConfig(ca=...))``.
+        address: What the site's admin has set to connect to; empty takes the instruction's.
     """
 
-    def __init__(self, client: UpdateClient) -> None:
-        self._client = client
+    def __init__(self, connect: Callable[..., UpdateClient], address: str = "") -> None:
+        self._connect, self._address = connect, address
 
     def fetch(self, instruction: Envelope, destination: Path) -> Path:
         """Stream the offered state into a file."""
         expected = Receipt(instruction.get("state-size", int), instruction.get("state-sha256", str))
-        return self._client.fetch(instruction.get("fetch-ticket", str), destination, expected)
+        return self._client(instruction).fetch(instruction.get("fetch-ticket", str), destination, expected)
 
     def push(self, instruction: Envelope, payload: Path) -> Envelope:
         """Stream a file to the server and return its receipt."""
@@ -106,5 +110,8 @@ class StreamClientTransport:
             raise OversizedPayloadError(
                 explain("an update is too large", expected=f"at most {limit} bytes", found=announced.size)
             )
-        self._client.push(instruction.get("push-ticket", str), payload, announced)
+        self._client(instruction).push(instruction.get("push-ticket", str), payload, announced)
         return Envelope({"transport": KIND, "size": announced.size, "sha256": announced.digest})
+
+    def _client(self, instruction: Envelope) -> UpdateClient:
+        return self._connect(self._address or instruction.get("address", str), port=instruction.get("port", int))

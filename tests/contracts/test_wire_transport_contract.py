@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fedllm.errors import CancelledError, FedLLMError, OversizedPayloadError, PayloadError, TransportError
+from fedllm.wire.choose import client_transport
 from fedllm.wire.client import UpdateClient
 from fedllm.wire.inline import InlineClientTransport, InlineServerTransport
 from fedllm.wire.server import UpdateServer
@@ -48,8 +50,8 @@ def _inline(folder: Path) -> tuple[ServerTransport, ClientTransport]:
 def _stream(folder: Path) -> tuple[ServerTransport, ClientTransport]:
     spool = Spool(folder / "spool")
     server = UpdateServer(spool, TicketKey.generate(), "run", ports="0", insecure=True)
-    client = UpdateClient(server.address, insecure=True, quiet_s=2.0)
-    return StreamServerTransport(server, spool, lifetime_s=60), StreamClientTransport(client)
+    client = StreamClientTransport(partial(UpdateClient, insecure=True, quiet_s=2.0))
+    return StreamServerTransport(server, spool, lifetime_s=60), client
 
 
 TRANSPORTS: dict[str, Callable[[Path], tuple[ServerTransport, ClientTransport]]] = {"flower": _inline, "grpc": _stream}
@@ -80,6 +82,12 @@ def test_an_envelope_holds_only_what_a_flower_message_can_carry(pair: Pair):
     for envelope in (instruction, pair.client.push(instruction, pair.update())):
         assert all(type(value) in (str, int, float, bool) for value in envelope.fields.values())
         assert envelope.blob is None or type(envelope.blob) is bytes
+
+
+def test_the_client_finds_its_transport_in_the_instruction(pair: Pair):
+    assert type(client_transport(pair.offer(), UpdateClient)) is type(pair.client)
+    with pytest.raises(TransportError, match="expected 'flower' or 'grpc'; found 'pigeon'"):
+        client_transport(Envelope({"transport": "pigeon"}), UpdateClient)
 
 
 def test_several_sites_do_not_mix_and_their_names_are_harmless(pair: Pair):
