@@ -69,9 +69,7 @@ def environment(device: torch.device, plan: TrainPlan) -> Iterator[None]:
 
 def _warn_of_emulation(device: torch.device, plan: TrainPlan) -> None:
     if device.type == "cpu" and plan.compute_dtype == "bfloat16" and not _has_bfloat16():
-        log.warning(
-            "this processor has no bfloat16 arithmetic; model.compute_dtype='float32' trains several times faster"
-        )
+        log.warning("this processor has no bfloat16 arithmetic; model.compute_dtype='float32' is many times faster")
 
 
 def _has_bfloat16() -> bool:

@@ -226,13 +226,15 @@ def _as_model_error(source: str, action: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep progress bars and advice of the libraries off the terminal while a model loads."""
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    advice = transformers.utils.logging
+    level, has_bars = advice.get_verbosity(), advice.is_progress_bar_enabled()
+    advice.set_verbosity_error()
+    advice.disable_progress_bar()
     try:
         # The progress bar of the GGUF reader knows no switch.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        transformers.utils.logging.set_verbosity(level)
-        transformers.utils.logging.enable_progress_bar()
+        advice.set_verbosity(level)
+        if has_bars:
+            advice.enable_progress_bar()

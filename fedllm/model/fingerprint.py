@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from fedllm.errors import ModelError, explain
+from fedllm.files import atomic_write
 from fedllm.model.source import BaseFiles
 from fedllm.model.spec import BaseSpec
 
@@ -119,11 +118,7 @@ def _recall(note: Path | None, identity: list[object]) -> str | None:
 
 
 def _remember(note: Path | None, identity: list[object], digest: str) -> str:
-    """Write the note beside its place and rename it there, so that no reader sees half of it."""
     if note:
         note.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=note.parent, prefix=".digest-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"file": identity, "sha256": digest}, file)
-        os.replace(name, note)
+        atomic_write(note, json.dumps({"file": identity, "sha256": digest}))
     return digest

@@ -91,7 +91,7 @@ def assemble(
     for name, parts in layers.items():
         _replace_layer(model, name, parts, spec, device)
     for name, tensor in plain.items():
-        _place(model, name, tensor.to(device, dtype if tensor.is_floating_point() else None))
+        _place(model, name, tensor, dtype, device)
     _finish(model, device)
     return model
 
@@ -194,8 +194,8 @@ class _Int8Product(torch.autograd.Function):
         return scaled @ codes.to(scaled.dtype), None, None
 
 
-def _place(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
-    """Put a tensor where the model has a parameter or a buffer of that name."""
+def _place(model: PreTrainedModel, name: str, tensor: torch.Tensor, dtype: torch.dtype, device: str) -> None:
+    """Put a tensor where the model has a parameter (which takes the dtype) or a buffer (which keeps its own)."""
     owner_name, _, attribute = name.rpartition(".")
     try:
         owner = model.get_submodule(owner_name)
@@ -203,13 +203,14 @@ def _place(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
     except AttributeError as error:
         raise ModelError(explain("a stored base holds a tensor that the model lacks", found=name)) from error
     if old.shape != tensor.shape:
+        found = tuple(tensor.shape)
         raise ModelError(
-            explain(
-                "a stored tensor has another shape", expected=tuple(old.shape), found=tuple(tensor.shape), where=name
-            )
+            explain("a stored tensor has another shape", expected=tuple(old.shape), found=found, where=name)
         )
-    is_parameter = attribute in dict(owner.named_parameters(recurse=False))
-    setattr(owner, attribute, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+    if isinstance(old, nn.Parameter):
+        setattr(owner, attribute, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+    else:
+        setattr(owner, attribute, tensor.to(device))
 
 
 def _finish(model: PreTrainedModel, device: str) -> None:

@@ -87,23 +87,22 @@ def test_sequences_without_targets_count_nothing(base: LoadedBase) -> None:
 
 def test_the_real_model_answers_and_the_adapter_can_be_switched_off() -> None:
     base = smollm()
-    plain = answer(attach_adapter(base, LoraSpec(rank=2)), base.tokenizer, "What is the capital of France?", 12)
-    assert "Paris" in plain
+    question = "What is the capital of France?"
     model = attach_adapter(base, LoraSpec(rank=2))
+    plain = answer(model, base.tokenizer, question, 8)
+    assert "Paris" in plain
     layout = layout_of(model)
     write_adapter(model, layout, {name: value + 0.05 for name, value in initial_arrays(layout, 1).items()})
-    changed = answer(model, base.tokenizer, "What is the capital of France?", 12)
     with without_adapter(model):
-        assert answer(model, base.tokenizer, "What is the capital of France?", 12) == plain
-    assert changed != plain
-    assert answer(model, base.tokenizer, "What is the capital of France?", 12) == changed
+        assert answer(model, base.tokenizer, question, 8) == plain
+    assert answer(model, base.tokenizer, question, 8) != plain
 
 
 def test_an_answer_is_bounded_and_follows_the_system_message() -> None:
     base = smollm()
     model = attach_adapter(base, LoraSpec(rank=2))
-    short, long = (answer(model, base.tokenizer, "Count from one to ten.", limit) for limit in (3, 8))
+    short, long = (answer(model, base.tokenizer, "Count from one to ten.", limit) for limit in (3, 6))
     assert len(base.tokenizer(short)["input_ids"]) <= 3
     assert long.startswith(short)
     assert len(long) > len(short)
-    assert answer(model, base.tokenizer, "Count from one to ten.", 8, system="You are a poet.") != long
+    assert answer(model, base.tokenizer, "Count from one to ten.", 6, system="You are a poet.") != long
