@@ -9,8 +9,8 @@
         round-00003.residual       what error feedback keeps back after it
 
 Every file is replaced whole. Nothing is kept in Flower's ``Context.state``, which loses large values without a word and
-dies with the SuperNode. A residual belongs to its round: a server that died in round 3 and asks for round 3 again gets an update
-that starts from the residual of round 2, so the repeated round gives the same bits.
+dies with the SuperNode. A residual belongs to its round: a server that died in round 3 and asks for round 3 again gets an
+update that starts from the residual of round 2, so the repeated round gives the same bits.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.model.evaluate import evaluate_loss
-from fedllm.model.generate import answer, without_adapter
 from peft import PeftModel
 
 from client_app.memory import Memory
@@ -39,6 +37,8 @@ from fedllm.model.build import (
     read_adapter,
     write_adapter,
 )
+from fedllm.model.evaluate import evaluate_loss
+from fedllm.model.generate import answer, without_adapter
 from fedllm.model.initial import initial_arrays
 from fedllm.provenance import versions
 from fedllm.update import Arrays, Layout, digest_arrays

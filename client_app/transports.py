@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from client_app.site import SiteConfig
 from fedllm.errors import TransportError, explain
@@ -12,7 +13,7 @@ from fedllm.wire.stream import StreamClientTransport
 from fedllm.wire.tls import TlsConfig
 from fedllm.wire.transport import ClientTransport, Envelope
 
-Build = Callable[[Envelope, SiteConfig | None], ClientTransport]
+Build = Callable[[SiteConfig | None], ClientTransport]
 
 
 def build_transport(envelope: Envelope, owner: SiteConfig | None) -> ClientTransport:
@@ -29,20 +30,19 @@ def build_transport(envelope: Envelope, owner: SiteConfig | None) -> ClientTrans
     kind = envelope.get("transport", str)
     if kind not in TRANSPORTS:
         raise TransportError(explain("an unknown transport", expected=f"one of {sorted(TRANSPORTS)}", found=kind))
-    return TRANSPORTS[kind](envelope, owner)
+    return TRANSPORTS[kind](owner)
 
 
-def _inline(envelope: Envelope, owner: SiteConfig | None) -> ClientTransport:  # noqa: ARG001
+def _inline(owner: SiteConfig | None) -> ClientTransport:  # noqa: ARG001
     return InlineClientTransport()
 
 
-def _stream(envelope: Envelope, owner: SiteConfig | None) -> ClientTransport:
-    address = envelope.get("address", str)
+def _stream(owner: SiteConfig | None) -> ClientTransport:
     if owner is None:
-        return StreamClientTransport(UpdateClient(address, insecure=True))
+        return StreamClientTransport(partial(UpdateClient, insecure=True))
     section = owner.transport
     tls = None if section.insecure else TlsConfig(section.ca, section.certificate, section.key)
-    return StreamClientTransport(UpdateClient(section.address or address, tls=tls, insecure=section.insecure))
+    return StreamClientTransport(partial(UpdateClient, tls=tls, insecure=section.insecure), section.address)
 
 
 TRANSPORTS: dict[str, Build] = {"grpc": _stream, "flower": _inline}

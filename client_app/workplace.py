@@ -119,12 +119,12 @@ def _run_folder_name(run: str) -> str:
 
 
 def _load(data: DataConfig, home: Path) -> tuple[Example, ...]:
-    return _load_cached(data.source, data.format, home)
+    return _load_cached(data.source, data.format, home, data.deduplicate)
 
 
 @lru_cache(maxsize=2)
-def _load_cached(source: str, format_: str, home: Path) -> tuple[Example, ...]:
-    return tuple(load_examples(source, format_, home))
+def _load_cached(source: str, format_: str, home: Path, deduplicate: bool) -> tuple[Example, ...]:
+    return tuple(load_examples(source, format_, home, deduplicate=deduplicate))
 
 
 @lru_cache(maxsize=2)

@@ -28,6 +28,9 @@ class DataConfig(Section):
     format: Literal["auto", "messages", "alpaca", "prompt-completion", "text"] = "auto"
     """Shape of one example; `auto` detects it from the columns."""
 
+    deduplicate: bool = True
+    """Keep one copy of examples with the same content, so that none counts more than once in training or evaluation."""
+
     max_length: int = Field(128, ge=8)
     """Tokens in one training sequence; longer examples are cut and counted."""
 

@@ -28,16 +28,15 @@ def central_score(config: RunConfig, home: Path, state: RunState) -> dict[str, f
         return None
     # Imported here so that a server without central evaluation never loads torch.
     from fedllm.data.encode import encode
+    from fedllm.data.sources import load_examples
     from fedllm.model.build import attach_adapter, cached_base, write_adapter
     from fedllm.model.cache import default_cache_dir
     from fedllm.model.evaluate import evaluate_loss
 
-    from fedllm.data.sources import load_examples
-
     base = cached_base(config.model, home=home, cache_dir=default_cache_dir(), device="auto")
     model = attach_adapter(base, config.adapter)
     write_adapter(model, state.layout, state.params)
-    examples = load_examples(source, config.data.format, home)
+    examples = load_examples(source, config.data.format, home, deduplicate=config.data.deduplicate)
     sequences, _ = encode(examples, base.tokenizer, config.data.max_length)
     totals = evaluate_loss(model, sequences, config.train.batch_size * 4)
     return {"loss": totals.loss, "accuracy": totals.accuracy, "num_tokens": totals.num_targets}
