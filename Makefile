@@ -55,6 +55,9 @@ format: install  ## Bring the source into its format
 	$(BIN)/ruff check --fix -q . || true
 	$(BIN)/ruff format -q .
 
+fuzz: install  ## Throw damaged payloads at the reader for a minute
+	$(BIN)/python -m tests.fuzz.fuzz_payload --seconds 60
+
 docs: install  ## Rebuild the generated pages
 	$(BIN)/fedllm config --format markdown > docs/configuration.md
 

@@ -63,10 +63,10 @@ class SimulationConfig(Section):
 class TrainConfig(Section):
     """Local training at a site."""
 
-    local_steps: int = Field(10, ge=1)
+    local_steps: int = Field(8, ge=1)
     """Optimizer steps in one round."""
 
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Field(2, ge=1)
     """Sequences in one micro-batch."""
 
     accumulation: int = Field(1, ge=1)

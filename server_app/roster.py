@@ -15,7 +15,7 @@ from server_app.exchange import Exchange, Reply
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 20.0
+GRACE_S = 60.0
 """Seconds to wait for slower sites once enough have joined."""
 
 
@@ -69,7 +69,7 @@ class Roster:
             self._poll()
             elapsed, answered = time.monotonic() - start, not self._pending and bool(self._asked)
             enough = len(self._waiting) >= min_sites
-            if enough and (answered or elapsed >= GRACE_S):
+            if enough and (answered or (elapsed >= GRACE_S and not self._fixed_sites)):
                 break
             if elapsed >= timeout_s or (answered and self._fixed_sites):
                 break
