@@ -15,6 +15,9 @@ with socket.socket() as free:
     print(free.getsockname()[1])
 PY
 )}
+# Ray says so itself: without it, it warns about a change of a default that does not matter here.
+export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
+
 stop_superlink() {
     pgrep -f -- "flower-superlink .*--port $FLWR_LOCAL_SUPERLINK_HTTP_API_PORT" | xargs -r kill 2>/dev/null || true
 }
