@@ -19,7 +19,9 @@ PY
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
 
 stop_superlink() {
-    pgrep -f -- "flower-superlink .*--port $FLWR_LOCAL_SUPERLINK_HTTP_API_PORT" | xargs -r kill 2>/dev/null || true
+    # The SuperLink and, where the demo is interrupted, the simulation under it; Ray's workers follow their driver.
+    local port=$FLWR_LOCAL_SUPERLINK_HTTP_API_PORT
+    pgrep -f -- "flower-superlink .*--port $port|flwr-simulation .*127.0.0.1:$port" | xargs -r kill 2>/dev/null || true
 }
 trap stop_superlink EXIT
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +20,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
 
 @pytest.fixture
-def half_step() -> Iterator[str]:
+def half_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     [code] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    exec(compile(code, str(PAGE), "exec"), {"__name__": "strategies.half_step"})  # noqa: S102 (our own page)
+    module = types.ModuleType("half_step_of_the_page")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(code, str(PAGE), "exec"), vars(module))
     yield "half-step"
     del RECIPES["half-step"]
 

@@ -1,0 +1,35 @@
+"""The demo as a user runs it: a real 4-bit model, real text, four sites; the federation must be worth it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedllm.runs import read_metrics
+from tests.flower_process import flower
+
+MARGIN = 0.02
+"""Nats by which the federation must beat its comparisons, on the held-out text of all sites."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_federation_beats_the_base_and_every_site_for_itself(tmp_path: Path) -> None:
+    with flower(tmp_path) as home:
+        output = home.run({"name": "demo"}, num_sites=4, timeout_s=1700)
+        folder = home.folder / "runs" / "demo"
+        events = read_metrics(folder / "metrics.jsonl")
+    assert events[-1]["status"] == "finished", output
+    evaluations = [event for event in events if event["event"] == "evaluation"]
+    [alone] = [event for event in events if event["event"] == "local_only"]
+    base, federated = evaluations[0]["loss"], evaluations[-1]["loss"]
+    assert federated < base - MARGIN
+    assert federated < alone["loss"] - MARGIN
+    for name in ("report.html", "manifest.json", "adapter/adapter_model.safetensors", "best/adapter_config.json"):
+        assert (folder / name).is_file(), name
+    assert list((folder / "tensorboard").iterdir())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert len(manifest["sites"]) == 4
+    assert events[-1]["peak_rss_bytes"] < 1_000_000_000, "the server holds something as large as a base model"
