@@ -93,6 +93,10 @@ def test_a_killed_server_resumes_to_the_same_bits(home: Flower, undisturbed: byt
     assert rounds == [1, 2, 3]
 
 
-def test_another_seed_gives_other_bits(home: Flower, undisturbed: bytes) -> None:
-    output = home.run({**settings(home.folder, "seed-7"), "seed": 7}, NUM_SITES)
+def test_another_seed_gives_other_bits_and_a_central_set_is_evaluated(home: Flower, undisturbed: bytes) -> None:
+    central = {"evaluation.central_source": f"file:{home.folder / 'data.jsonl'}"}
+    output = home.run({**settings(home.folder, "seed-7"), "seed": 7, **central}, NUM_SITES)
     assert adapter(home, "seed-7", output) != undisturbed
+    scores = [event["central"] for event in home.events("seed-7") if event["event"] == "evaluation"]
+    assert len(scores) == 4
+    assert all(isinstance(score, dict) and score["num_tokens"] > 0 for score in scores)
