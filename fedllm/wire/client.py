@@ -20,7 +20,7 @@ from fedllm.errors import CorruptPayloadError, TransportError, explain
 from fedllm.wire import updates_pb2 as pb
 from fedllm.wire.digest import CHUNK_BYTES, digest_file
 from fedllm.wire.files import clear_disk_errors
-from fedllm.wire.framing import append_chunk, push_message
+from fedllm.wire.framing import READ_AHEAD, append_chunks, push_message
 from fedllm.wire.methods import CLIENT_OPTIONS, PORT_KEY, Stub
 from fedllm.wire.part import Part, Receipt
 from fedllm.wire.patience import Patience, Watch
@@ -146,14 +146,22 @@ class UpdateClient:
         request = pb.FetchRequest(ticket=ticket, offset=part.size)
         call = stub.fetch(request, timeout=patience.remaining_s, metadata=self._metadata)
         with Watch(call, self._stall_s, patience) as watch, ThreadPoolExecutor(1) as disk:
+            waiting: list[pb.Chunk] = []
             writing = disk.submit(lambda: None)
             for chunk in call:
-                writing.result()
-                writing = disk.submit(append_chunk, part, chunk)
                 watch.moved()
-                patience.progressed()
-                self._progress(part.size, part.announced.size)
+                waiting.append(chunk)
+                if writing.done() or len(waiting) == READ_AHEAD:
+                    writing.result()
+                    writing, waiting = disk.submit(self._take, part, waiting, patience), []
             writing.result()
+            self._take(part, waiting, patience)
+
+    def _take(self, part: Part, chunks: list[pb.Chunk], patience: Patience) -> None:
+        append_chunks(part, chunks)
+        if chunks:
+            patience.progressed()
+            self._progress(part.size, part.announced.size)
 
     def _confirm(self, ticket: str) -> None:
         """Say that the state is here. It is, so nothing is lost if the server does not hear it."""

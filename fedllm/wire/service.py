@@ -1,7 +1,7 @@
 """What the update server answers: the four methods of ``updates.proto``.
 
 One event loop serves all streams, so a thousand slow sites cost a thousand small objects and no threads; everything that
-touches the disk runs in a small pool. One chunk per stream is in memory.
+touches the disk runs in a small pool. At most two times READ_AHEAD chunks of a stream are in memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedllm.errors import (
 from fedllm.wire import updates_pb2 as pb
 from fedllm.wire.digest import CHUNK_BYTES
 from fedllm.wire.files import clear_disk_errors
-from fedllm.wire.framing import append_chunk, chunk_message
+from fedllm.wire.framing import READ_AHEAD, append_chunks, chunk_message
 from fedllm.wire.ledger import Ledger
 from fedllm.wire.part import Part, Receipt
 from fedllm.wire.rounds import Rounds
@@ -123,18 +123,17 @@ class UpdateService:
             await self._send(state, request.offset, ticket, context)
 
     async def _send(self, state: Published, offset: int, ticket: Ticket, context: Any) -> None:
-        """Write chunks to the stream, each read from the disk while the one before is on its way."""
+        """Write chunks to the stream; the next ones are read from the disk while these are on their way."""
         size = state.receipt.size
         with clear_disk_errors(state.path), state.path.open("rb", buffering=0) as file:
-            reading = self._on_disk(_read_chunk, file, offset, size)
-            while offset < size:
-                chunk = await reading
-                self._rounds.charge(ticket, min(CHUNK_BYTES, size - offset), MAX_FETCHES * size)
-                offset += CHUNK_BYTES
-                reading = self._on_disk(_read_chunk, file, offset, size)
-                async with self._patience():
-                    await context.write(chunk)
-            await reading
+            reading = self._on_disk(_read_chunks, file, offset, size)
+            while chunks := await reading:
+                start, offset = offset, min(offset + READ_AHEAD * CHUNK_BYTES, size)
+                reading = self._on_disk(_read_chunks, file, offset, size)
+                self._rounds.charge(ticket, offset - start, MAX_FETCHES * size)
+                for chunk in chunks:
+                    async with self._patience():
+                        await context.write(chunk)
 
     async def _confirm(self, request: pb.ConfirmRequest) -> pb.ConfirmReply:
         ticket = self._check(request.ticket, "fetch")
@@ -173,16 +172,20 @@ class UpdateService:
             self._disk.submit(part.close)
 
     async def _fill(self, part: Part, offset: int, context: Any) -> None:
-        """Append the stream's chunks, each written to the disk while the next one arrives."""
+        """Append the stream's chunks, written to the disk while more arrive."""
         if offset != part.size:
             raise RefusedError(Reason.OUT_OF_STEP, f"The push goes on at byte {part.size}, not {offset}.")
+        waiting: list[pb.Chunk] = []
         writing = self._on_disk(lambda: None)
         while (message := await self._next(context)) is not _END:
             if message.WhichOneof("part") != "chunk":
                 raise RefusedError(Reason.MALFORMED, "Only chunks follow an announcement.")
-            await writing
-            writing = self._on_disk(append_chunk, part, message.chunk)
+            waiting.append(message.chunk)
+            if writing.done() or len(waiting) == READ_AHEAD:
+                await writing
+                writing, waiting = self._on_disk(append_chunks, part, waiting), []
         await writing
+        await self._on_disk(append_chunks, part, waiting)
         if part.missing:
             raise RefusedError(Reason.OUT_OF_STEP, f"The push ended {part.missing} bytes too early.")
 
@@ -223,10 +226,13 @@ class UpdateService:
             await _abort(context, _refusal(error))
 
 
+def _read_chunks(file: RawIOBase, start: int, size: int) -> list[bytes]:
+    """Return the next chunk messages from an offset on, none at the end."""
+    end = min(start + READ_AHEAD * CHUNK_BYTES, size)
+    return [_read_chunk(file, offset, size) for offset in range(start, end, CHUNK_BYTES)]
+
+
 def _read_chunk(file: RawIOBase, offset: int, size: int) -> bytes:
-    """Return the chunk message at an offset, or nothing at the end."""
-    if offset >= size:
-        return b""
     data = os.pread(file.fileno(), min(CHUNK_BYTES, size - offset), offset)
     if not data:
         raise RefusedError(Reason.STORAGE, "The state's file was cut.")
