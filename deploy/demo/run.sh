@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 name=${1:-demo-$(date +%Y%m%d-%H%M%S)}
-settings=${2:-}
+settings="$(grep -v '^#' deploy/demo/settings.toml | sed 's/ = /=/' | tr '\n' ' ') ${2:-}"
 
 # A SuperLink of its own, on a free port, so that one that runs already with another environment is not used by mistake.
 export FLWR_HOME=${FLWR_HOME:-$PWD/.flwr}

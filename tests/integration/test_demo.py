@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from fedllm.runs import read_metrics
-from tests.flower_process import flower
+from tests.flower_process import REPOSITORY, flower
 
 MARGIN = 0.02
 """Nats by which the federation must beat its comparisons, on the held-out text of all sites."""
+
+
+def demo_settings() -> dict[str, object]:
+    """Return what the demo changes of the run config, section keys joined by dots as `flwr run` takes them."""
+    sections = tomllib.loads((REPOSITORY / "deploy" / "demo" / "settings.toml").read_text())
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_federation_beats_the_base_and_every_site_for_itself(tmp_path: Path) -> None:
     with flower(tmp_path) as home:
-        output = home.run({"name": "demo"}, num_sites=4, timeout_s=1700)
+        output = home.run({"name": "demo", **demo_settings()}, num_sites=4, timeout_s=1700)
         folder = home.folder / "runs" / "demo"
         events = read_metrics(folder / "metrics.jsonl")
     assert events[-1]["status"] == "finished", output
