@@ -145,17 +145,21 @@ class UpdateClient:
             return
         request = pb.FetchRequest(ticket=ticket, offset=part.size)
         call = stub.fetch(request, timeout=patience.remaining_s, metadata=self._metadata)
+        waiting: list[pb.Chunk] = []
         with Watch(call, self._stall_s, patience) as watch, ThreadPoolExecutor(1) as disk:
-            waiting: list[pb.Chunk] = []
             writing = disk.submit(lambda: None)
-            for chunk in call:
-                watch.moved()
-                waiting.append(chunk)
-                if writing.done() or len(waiting) == READ_AHEAD:
-                    writing.result()
-                    writing, waiting = disk.submit(self._take, part, waiting, patience), []
-            writing.result()
-            self._take(part, waiting, patience)
+            try:
+                for chunk in call:
+                    watch.moved()
+                    waiting.append(chunk)
+                    if writing.done() or len(waiting) == READ_AHEAD:
+                        writing.result()
+                        writing, waiting = disk.submit(self._take, part, waiting, patience), []
+            finally:
+                writing.result()
+                self._take(part, waiting, patience)
+        if part.missing:
+            raise RefusedError(Reason.OUT_OF_STEP, f"The state ended {part.missing} bytes too early.")
 
     def _take(self, part: Part, chunks: list[pb.Chunk], patience: Patience) -> None:
         append_chunks(part, chunks)

@@ -15,8 +15,8 @@ from fedllm.wire.digest import checksum
 from fedllm.wire.part import Part
 from fedllm.wire.status import Reason, RefusedError
 
-READ_AHEAD = 4
-"""Chunks of one stream that wait while others are written or read. Handing several to a thread at a time saves a fifth of
+READ_AHEAD = 2
+"""Chunks of one stream that wait while as many are written or read. Handing several to a thread at a time saves a fifth of
 a receiver's work."""
 
 

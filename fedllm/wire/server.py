@@ -45,7 +45,7 @@ class UpdateServer:
         ports: Port or inclusive range; the first free one is taken.
         tls: Certificates, or None.
         insecure: Allow plaintext; exactly one of ``tls`` and this must be set.
-        max_transfers: Transfers at one time. Each holds one to three chunks in memory.
+        max_transfers: Transfers at one time; each takes up to 6 MiB of memory.
         queue_s: Seconds that one more waits for its turn before it is told to come back.
         stall_s: Seconds without a chunk after which a stream is ended.
 
@@ -176,7 +176,7 @@ class UpdateServer:
             stall_s=self._stall_s,
             on_delivered=self._announce,
         )
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=4 * self._max_transfers)
         self._server.add_generic_rpc_handlers((handler(self._service),))
         port = self._listen()
         await self._server.start()

@@ -1,7 +1,8 @@
 """What the update server answers: the four methods of ``updates.proto``.
 
 One event loop serves all streams, so a thousand slow sites cost a thousand small objects and no threads; everything that
-touches the disk runs in a small pool. At most two times READ_AHEAD chunks of a stream are in memory.
+touches the disk runs in a small pool. Of a stream there are at most two times READ_AHEAD chunks and gRPC's window in
+memory.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ _SUSPICIOUS = {Reason.TICKET, Reason.MALFORMED, Reason.STORAGE}
 
 NUM_DISK_THREADS = 8
 MAX_FETCHES = 4
-"""How many times its size a fetch may move, resumptions included, before its ticket counts as used."""
+MIN_FETCH_BYTES = 64 << 20
+"""A fetch may move this many times its size, or these bytes if they are more, before its ticket counts as used even if it
+was never confirmed. Connections that break and begin again need some."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class UpdateService:
             while chunks := await reading:
                 start, offset = offset, min(offset + READ_AHEAD * CHUNK_BYTES, size)
                 reading = self._on_disk(_read_chunks, file, offset, size)
-                self._rounds.charge(ticket, offset - start, MAX_FETCHES * size)
+                self._rounds.charge(ticket, offset - start, max(MAX_FETCHES * size, MIN_FETCH_BYTES))
                 for chunk in chunks:
                     async with self._patience():
                         await context.write(chunk)

@@ -14,8 +14,10 @@ acknowledged again without being written, another one is refused. Site names com
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
 import threading
 from dataclasses import asdict
@@ -205,7 +207,7 @@ class Spool:
                     where=self.folder,
                     fix="Free disk space on the server, or let fewer sites take part in a round.",
                 )
-            )
+            ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def file_name(site: str) -> str:

@@ -18,6 +18,7 @@ import pytest
 from fedllm.errors import CancelledError, ConfigError, CorruptPayloadError, TicketError, TransportError
 from fedllm.wire.client import UpdateClient
 from fedllm.wire.digest import CHUNK_BYTES
+from fedllm.wire.framing import READ_AHEAD
 from fedllm.wire.methods import WINDOW_BYTES
 from fedllm.wire.part import Receipt
 from fedllm.wire.server import UpdateServer
@@ -27,8 +28,8 @@ from fedllm.wire.tls import TlsConfig
 from tests.wire_tools import RUN, ChaosProxy, Site, make_certificates, payload, serving
 
 MIB = 1 << 20
-LOST_BY_A_CUT = WINDOW_BYTES + 2 * CHUNK_BYTES
-"""What is on its way, in the server's hands, and being written."""
+LOST_BY_A_CUT = WINDOW_BYTES + 2 * READ_AHEAD * CHUNK_BYTES
+"""What is on its way, waiting at the receiver, and being written."""
 SLACK = 128 * 1024
 """Bytes of HTTP/2 and TCP around the payload in a test's transfers."""
 
@@ -186,14 +187,35 @@ def test_a_confirmed_fetch_cannot_be_repeated(site: Site):
 
 def test_a_fetch_that_is_never_confirmed_cannot_be_repeated_for_ever(site: Site, monkeypatch: pytest.MonkeyPatch):
     source = site.folder / "state"
-    receipt = payload(source, MIB)
+    receipt = payload(source, 17 * MIB)
     site.server.publish("state", source)
     ticket = site.ticket("fetch", state_id="state")
     monkeypatch.setattr(UpdateClient, "_confirm", lambda *_: None)
-    for number in range(4):
-        site.client().fetch(ticket, site.folder / f"back{number}", receipt)
+    for _ in range(4):
+        site.client().fetch(ticket, site.folder / "back", receipt)
     with pytest.raises(TicketError, match="used up"):
         site.client().fetch(ticket, site.folder / "back4", receipt)
+
+
+def test_a_full_spool_is_told_to_the_site_without_the_servers_paths(tmp_path: Path):
+    spool, source = Spool(tmp_path / "spool", max_bytes=MIB), tmp_path / "update"
+    receipt = payload(source, MIB + 1)
+    with UpdateServer(spool, TicketKey.generate(), RUN, ports="0", insecure=True) as server:
+        server.open_round(1)
+        ticket = server.issue(round_=1, site="clinic-a", direction="push", max_bytes=receipt.size, lifetime_s=60)
+        with pytest.raises(TransportError, match="cannot use its spool: No space left") as caught:
+            UpdateClient(server.address, insecure=True).push(ticket, source, receipt)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_the_server_says_when_a_push_is_complete(site: Site):
+    source = site.folder / "update"
+    receipt = payload(source, 4 * MIB)
+    assert site.server.wait_for(1, "clinic-a", 0.01) is None
+    with ThreadPoolExecutor(1) as pool, ChaosProxy(site.server.port, bytes_per_s=16 * MIB) as proxy:
+        waiting = pool.submit(site.server.wait_for, 1, "clinic-a", 20)
+        site.client(proxy.port).push(site.ticket(), source, receipt)
+        assert waiting.result(timeout=1) == receipt
 
 
 def test_tickets_that_do_not_fit_are_refused_and_nothing_is_written(site: Site, caplog: pytest.LogCaptureFixture):
