@@ -11,7 +11,7 @@ import pytest
 from fedllm.runs import read_metrics
 from tests.flower_process import REPOSITORY, flower
 
-MARGIN = 0.02
+MARGIN = 0.05
 """Nats by which the federation must beat its comparisons, on the held-out text of all sites."""
 
 
