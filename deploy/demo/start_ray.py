@@ -14,7 +14,7 @@ os.environ.setdefault(
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
 )  # otherwise Ray warns of a change that matters not here
 
-import ray  # noqa: E402
+import ray
 
 ATTEMPTS = 4
 
