@@ -77,7 +77,7 @@ class SiteRound(_Part):
 
 
 class Round(_Event):
-    """A round, or as ``attempt`` one that had no quorum and changed nothing."""
+    """A round, or as ``attempt`` one that changed nothing, for want of a quorum or of a usable aggregate."""
 
     event: Literal["round", "attempt"] = "round"
     round: int
@@ -87,6 +87,8 @@ class Round(_Event):
     rejected: tuple[Rejection, ...] = ()
     train_loss: float | None = None
     """Mean over the participants."""
+    reason: str = ""
+    """Why the updates of an attempt could not be aggregated; empty where they were too few."""
     sites: dict[str, SiteRound] = {}
     update_norm: float | None = None
     """Euclidean norm of the aggregated delta."""

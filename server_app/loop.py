@@ -102,11 +102,17 @@ class Loop:
                 if round_ % config.evaluation.every == 0 or round_ == config.num_rounds:
                     self._evaluate(moved)
                 return moved
-            log.warning("round %d, attempt %d: no quorum", round_, attempt)
+            log.warning("round %d, attempt %d: nothing changed", round_, attempt)
+        reason = self.federation.recorder.events[-1].get("reason") or None
         fix = f'Bring the sites back, then go on with resume="{self.federation.folder.name}".'
         expected = f"{config.rounds.min_sites} usable replies (rounds.min_sites)"
         raise QuorumError(
-            explain(f"round {round_} had no quorum {config.rounds.max_attempts} times", expected=expected, fix=fix)
+            explain(
+                f"round {round_} had no quorum {config.rounds.max_attempts} times",
+                expected=expected,
+                found=reason,
+                fix=fix,
+            )
         )
 
     def _save(self, state: RunState) -> None:

@@ -76,7 +76,8 @@ def _round(event: Round) -> Iterator[tuple[str, str]]:
     used = [site for site in event.participants if site not in reasons]
     items = [f"{len(used)} of {len(used) + len(reasons)} sites"]
     if event.event == "attempt":
-        yield "trained", f"{items[0]} in attempt {event.attempt}: too few, nothing changed"
+        reason = shorten(clean(event.reason), 4 * COLUMNS) or "too few"
+        yield "trained", f"{items[0]} in attempt {event.attempt}: {reason.rstrip('.')}, nothing changed"
     else:
         items += [] if event.train_loss is None else [f"loss {event.train_loss:.3f}"]
         items += [] if event.update_norm is None else [f"update norm {event.update_norm:.3g}"]

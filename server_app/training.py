@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -55,6 +56,21 @@ class Harvest:
         self.rejected[site] = reason
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the updates of one attempt.
+
+    Attributes:
+        moved: The state after the round, None if nothing changed.
+        measured: What the aggregator measured.
+        reason: Why they could not be aggregated, empty where they could, or where they were too few.
+    """
+
+    moved: RunState | None
+    measured: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
 def train_round(federation: Federation, state: RunState, round_: int, attempt: int) -> RunState | None:
     """Run one attempt at a round.
 
@@ -77,15 +93,14 @@ def train_round(federation: Federation, state: RunState, round_: int, attempt: i
         dialogue = _dialogue(federation, state, broadcast, sorted(chosen), round_, attempt)
         with watch.phase("train"):
             harvest = _collect(federation, state, broadcast, chosen, dialogue, round_)
-        quorum = len(harvest.accepted) >= federation.config.rounds.min_sites
-        moved, measured = None, {}
-        if quorum:
+        outcome = Outcome(None)
+        if len(harvest.accepted) >= federation.config.rounds.min_sites:
             with watch.phase("aggregate"):
-                moved, measured = _aggregate(federation, state, broadcast, harvest.accepted)
+                outcome = _aggregate(federation, state, broadcast, harvest.accepted)
     finally:
         federation.transport.close_round(round_)
-    federation.recorder.record(_event(harvest, round_, attempt, chosen, watch, measured, dialogue.bytes_down, quorum))
-    return moved
+    federation.recorder.record(_event(harvest, round_, attempt, chosen, watch, outcome, dialogue.bytes_down))
+    return outcome.moved
 
 
 def _select(federation: Federation, round_: int, attempt: int) -> dict[str, Member]:
@@ -203,19 +218,38 @@ def _open(federation: Federation, state: RunState, path: Path, round_: int, broa
 
 def _aggregate(
     federation: Federation, state: RunState, broadcast: Broadcast, accepted: Mapping[str, Accepted]
-) -> tuple[RunState, Mapping[str, float]]:
-    """Fold the updates in the order of the sites' names and move the global state along the result."""
-    aggregation = federation.strategy.aggregator.start(state.layout)
-    for site in sorted(accepted):
-        reply = accepted[site]
-        weight = _weight(federation.config.strategy.weighting, reply.report)
-        with _open(federation, state, reply.payload, reply.report.round, broadcast) as payload:
+) -> Outcome:
+    """Fold the updates in the order of the sites' names and move the global state along the result.
+
+    A spooled update is closed and deleted as soon as it is folded, or where the aggregation reads it again, at the end.
+    """
+    aggregation = federation.strategy.aggregator.start(state.layout, broadcast.arrays)
+    with ExitStack() as kept:
+        for site in sorted(accepted):
+            reply = accepted[site]
+            weight = _weight(federation.config.strategy.weighting, reply.report)
+            payload = kept.enter_context(_spooled(federation, state, broadcast, reply))
             aggregation.fold(payload, Contribution(site, weight, {"loss": reply.report.loss}))
-        reply.payload.unlink()
-    delta, measured = aggregation.finish()
+            if not aggregation.reads_until_finish:
+                kept.close()
+        try:
+            delta, measured = aggregation.finish()
+        except UpdateError as error:
+            log.warning("the updates cannot be aggregated: %s", error)
+            return Outcome(None, reason=str(error))
     params, optimizer = federation.strategy.optimizer.apply(state.optimizer, state.params, delta)
     moved = replace(state, round=state.round + 1, params=params, sent=broadcast.arrays, optimizer=optimizer)
-    return moved, measured
+    return Outcome(moved, measured)
+
+
+@contextmanager
+def _spooled(federation: Federation, state: RunState, broadcast: Broadcast, reply: Accepted) -> Iterator[PayloadReader]:
+    """Open an accepted update; its file is deleted afterwards."""
+    try:
+        with _open(federation, state, reply.payload, reply.report.round, broadcast) as payload:
+            yield payload
+    finally:
+        reply.payload.unlink(missing_ok=True)
 
 
 def _weight(weighting: str, report: TrainReport) -> float:
@@ -228,13 +262,12 @@ def _event(
     attempt: int,
     chosen: Iterable[str],
     watch: Stopwatch,
-    measured: Mapping[str, float],
+    outcome: Outcome,
     bytes_down: int,
-    quorum: bool,
 ) -> dict[str, object]:
     reports = {site: reply.report for site, reply in sorted(harvest.accepted.items())}
     return {
-        "event": "round" if quorum else "attempt",
+        "event": "round" if outcome.moved is not None else "attempt",
         "round": round_,
         "attempt": attempt,
         "participants": sorted(harvest.accepted),
@@ -242,8 +275,9 @@ def _event(
         "rejected": [{"site": site, "reason": reason} for site, reason in sorted(harvest.rejected.items())],
         "train_loss": _mean_loss(reports.values()),
         "sites": {site: _site_numbers(report) for site, report in reports.items()},
-        "update_norm": measured.get("delta_norm"),
-        "measurements": dict(measured),
+        "reason": outcome.reason,
+        "update_norm": outcome.measured.get("delta_norm"),
+        "measurements": dict(outcome.measured),
         "bytes_up": sum(reply.num_bytes for reply in harvest.accepted.values()),
         "bytes_down": bytes_down,
         "phases": watch.phases,

@@ -19,7 +19,7 @@ class WeightedMean:
     the error grows with the product of the drifts in A and B.
     """
 
-    def start(self, layout: Layout) -> Aggregation:
+    def start(self, layout: Layout, received: Arrays) -> Aggregation:  # noqa: ARG002 (a mean of deltas needs no origin)
         """Begin the mean of a round."""
         return _RunningMean(layout)
 
@@ -31,6 +31,8 @@ class _RunningMean:
     Where sites send parts of an update only (a codec with `mask` or `segment`), each coordinate is averaged over the sites
     that sent it, and one that nobody sent does not move.
     """
+
+    reads_until_finish = False
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout

@@ -88,15 +88,29 @@ class ClientWork:
 
 
 class Aggregation(Protocol):
-    """One round's running aggregate."""
+    """One round's running aggregate.
+
+    Most rules are sums: they read an update once, in :meth:`fold`, and memory does not grow with the number of updates.
+    Rules that look at all updates together (medians, distances) say so with ``reads_until_finish``: :meth:`fold` then
+    only notes the update, and :meth:`finish` reads the spooled files tensor by tensor, as often as it likes, so that it
+    holds one tensor of every update at a time and never a whole one.
+    """
+
+    @property
+    def reads_until_finish(self) -> bool:
+        """Whether updates are read after their fold; the caller keeps them open until :meth:`finish` has returned.
+
+        The answer is the same for the whole round. A wrapper passes on what its inner aggregation says.
+        """
 
     def fold(self, update: UpdateSource, contribution: Contribution) -> None:
-        """Take one usable update in. Memory does not grow with the number of updates."""
+        """Take one usable update in, at most one of a site."""
 
     def finish(self) -> tuple[Arrays, Measurements]:
         """Return the aggregated delta and what was measured.
 
         Raises:
+            UpdateError: No delta can be made of these updates; the round is tried again.
             AssertionError: Nothing was folded.
         """
 
@@ -104,8 +118,13 @@ class Aggregation(Protocol):
 class Aggregator(Protocol):
     """How updates become one delta."""
 
-    def start(self, layout: Layout) -> Aggregation:
-        """Begin the aggregate of a round."""
+    def start(self, layout: Layout, received: Arrays) -> Aggregation:
+        """Begin the aggregate of a round.
+
+        Args:
+            layout: The adapter's tensors.
+            received: The state that the sites started from, bit for bit as they decoded it; not to be changed.
+        """
 
 
 @dataclass(frozen=True)
