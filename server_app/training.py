@@ -24,6 +24,7 @@ from server_app.dialogue import Dialogue
 from server_app.exchange import Reply
 from server_app.federation import Federation, Stopwatch
 from server_app.roster import Member
+from strategies.slots import Origin
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +224,8 @@ def _aggregate(
 
     A spooled update is closed and deleted as soon as it is folded, or where the aggregation reads it again, at the end.
     """
-    aggregation = federation.strategy.aggregator.start(state.layout, broadcast.arrays)
+    origin = Origin(state.round + 1, state.layout, state.params, broadcast.arrays)
+    aggregation = federation.strategy.aggregator.start(state.layout, origin)
     with ExitStack() as kept:
         for site in sorted(accepted):
             reply = accepted[site]

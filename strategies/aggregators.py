@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.update import Arrays, Contribution, Layout
-from strategies.slots import Aggregation, Measurements, UpdateSource
+from strategies.slots import Aggregation, Measurements, Origin, UpdateSource
 
 
 class WeightedMean:
@@ -19,7 +19,7 @@ class WeightedMean:
     the error grows with the product of the drifts in A and B.
     """
 
-    def start(self, layout: Layout, received: Arrays) -> Aggregation:  # noqa: ARG002 (a mean of deltas needs no origin)
+    def start(self, layout: Layout, origin: Origin) -> Aggregation:  # noqa: ARG002 (a mean of deltas needs no origin)
         """Begin the mean of a round."""
         return _RunningMean(layout)
 

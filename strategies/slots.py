@@ -115,15 +115,32 @@ class Aggregation(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a round's updates start from; nothing in it is to be changed.
+
+    Attributes:
+        round: The round that is aggregated, from 1.
+        layout: All tensors of the adapter, of which an update may hold some.
+        params: The global adapter that the delta will be added to.
+        received: The same bit for bit as the sites decoded it, which a lossy downlink makes another thing.
+    """
+
+    round: int
+    layout: Layout
+    params: Arrays
+    received: Arrays
+
+
 class Aggregator(Protocol):
     """How updates become one delta."""
 
-    def start(self, layout: Layout, received: Arrays) -> Aggregation:
+    def start(self, layout: Layout, origin: Origin) -> Aggregation:
         """Begin the aggregate of a round.
 
         Args:
-            layout: The adapter's tensors.
-            received: The state that the sites started from, bit for bit as they decoded it; not to be changed.
+            layout: The tensors that the updates hold.
+            origin: Where they start from.
         """
 
 

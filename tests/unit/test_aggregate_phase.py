@@ -21,7 +21,7 @@ from server_app.app import open_run, run_federation
 from server_app.checkpoint import load_latest
 from strategies.aggregators import WeightedMean
 from strategies.fedavg import fedavg
-from strategies.slots import Aggregation, Measurements, Strategy, UpdateSource
+from strategies.slots import Aggregation, Measurements, Origin, Strategy, UpdateSource
 from tests.fake_federation import InProcessGrid, QuadraticSite
 
 SETTINGS = {
@@ -39,7 +39,7 @@ class LateMean:
     """The weighted mean, read only in `finish`, three times over."""
 
     layout: Layout
-    received: Arrays
+    origin: Origin
     notes: list[dict[str, Any]]
     folded: list[tuple[UpdateSource, Contribution]] = field(default_factory=list)
     reads_until_finish = True
@@ -49,11 +49,11 @@ class LateMean:
 
     def finish(self) -> tuple[Arrays, Measurements]:
         for _ in range(3):
-            mean = WeightedMean().start(self.layout, self.received)
+            mean = WeightedMean().start(self.layout, self.origin)
             for update, contribution in self.folded:
                 mean.fold(update, contribution)
             found = mean.finish()
-        self.notes.append({"received": self.received, "updates": [update for update, _ in self.folded]})
+        self.notes.append({"received": self.origin.received, "updates": [update for update, _ in self.folded]})
         return found
 
 
@@ -61,8 +61,8 @@ class LateMean:
 class Late:
     notes: list[dict[str, Any]]
 
-    def start(self, layout: Layout, received: Arrays) -> Aggregation:
-        return LateMean(layout, received, self.notes)
+    def start(self, layout: Layout, origin: Origin) -> Aggregation:
+        return LateMean(layout, origin, self.notes)
 
 
 class Refusing(LateMean):
@@ -72,8 +72,8 @@ class Refusing(LateMean):
 
 @dataclass(frozen=True)
 class Refuses:
-    def start(self, layout: Layout, received: Arrays) -> Aggregation:
-        return Refusing(layout, received, [])
+    def start(self, layout: Layout, origin: Origin) -> Aggregation:
+        return Refusing(layout, origin, [])
 
 
 def run(home: Path, transport: str, monkeypatch: pytest.MonkeyPatch, aggregator: Any = None) -> RunFolder:

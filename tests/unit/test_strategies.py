@@ -16,9 +16,10 @@ from strategies.annealing import Annealed, Course
 from strategies.optimizers import Sgd
 from strategies.registry import RECIPES, build_strategy, register
 from strategies.samplers import UniformSampler
-from strategies.slots import Accumulator, ArraySource, OptimizerState
+from strategies.slots import Accumulator, ArraySource, OptimizerState, Origin
 
 LAYOUT = Layout((TensorSpec("a", (3, 4), role="lora_A"), TensorSpec("b", (5, 3), role="lora_B")))
+ORIGIN = Origin(1, LAYOUT, zeros(LAYOUT), zeros(LAYOUT))
 
 
 def random_arrays(seed: int, scale: float = 1.0) -> Arrays:
@@ -27,7 +28,7 @@ def random_arrays(seed: int, scale: float = 1.0) -> Arrays:
 
 
 def mean_of(updates: list[tuple[Arrays, float]]) -> Arrays:
-    aggregation = WeightedMean().start(LAYOUT, zeros(LAYOUT))
+    aggregation = WeightedMean().start(LAYOUT, ORIGIN)
     for number, (arrays, weight) in enumerate(updates):
         aggregation.fold(ArraySource(arrays), Contribution(f"site-{number}", weight, {}))
     return aggregation.finish()[0]
@@ -55,7 +56,7 @@ def test_the_mean_is_the_weighted_mean_and_order_does_not_matter(rows: list[tupl
 
 def test_the_mean_measures_its_norm() -> None:
     update = random_arrays(1)
-    aggregation = WeightedMean().start(LAYOUT, zeros(LAYOUT))
+    aggregation = WeightedMean().start(LAYOUT, ORIGIN)
     aggregation.fold(ArraySource(update), Contribution("x", 2.0, {}))
     _, measured = aggregation.finish()
     norm = np.sqrt(sum(float(np.sum(value.astype(np.float64) ** 2)) for value in update.values()))
@@ -81,7 +82,7 @@ class PartSource(ArraySource):
 def test_a_coordinate_is_averaged_over_the_sites_that_sent_it(whole_first: bool) -> None:
     whole, part = random_arrays(1), random_arrays(2)
     rows = [(ArraySource(whole), 3.0), (PartSource(part), 1.0)]
-    aggregation = WeightedMean().start(LAYOUT, zeros(LAYOUT))
+    aggregation = WeightedMean().start(LAYOUT, ORIGIN)
     for source, weight in rows if whole_first else rows[::-1]:
         aggregation.fold(source, Contribution("x", weight, {}))
     mean, _ = aggregation.finish()
@@ -94,7 +95,7 @@ def test_a_coordinate_is_averaged_over_the_sites_that_sent_it(whole_first: bool)
 
 
 def test_a_coordinate_that_nobody_sent_does_not_move() -> None:
-    aggregation = WeightedMean().start(LAYOUT, zeros(LAYOUT))
+    aggregation = WeightedMean().start(LAYOUT, ORIGIN)
     aggregation.fold(PartSource(random_arrays(2)), Contribution("x", 1.0, {}))
     mean, _ = aggregation.finish()
     assert all(not value.reshape(-1)[2:].any() and value.reshape(-1)[:2].all() for value in mean.values())
@@ -116,7 +117,7 @@ def test_an_annealed_rate_falls_from_one_to_its_final_share(course: Course) -> N
 
 def test_an_empty_mean_is_a_programming_error() -> None:
     with pytest.raises(AssertionError):
-        WeightedMean().start(LAYOUT, zeros(LAYOUT)).finish()
+        WeightedMean().start(LAYOUT, ORIGIN).finish()
 
 
 @given(
