@@ -7,28 +7,31 @@ import secrets
 from pathlib import Path
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
+def atomic_write(path: Path, content: bytes | str, *, durable: bool = True) -> None:
     """Replace a file's content so that a crash at any moment leaves the old content or the new one.
 
-    The content goes to a temporary file in the same folder, reaches the disk and takes the name; then the folder's own
-    entry reaches the disk.
+    The content goes to a temporary file in the same folder, reaches the disk if it is to be durable, and takes the name;
+    then the folder's own entry reaches the disk.
 
     Args:
         path: The file; its folder exists.
         content: Bytes, or text that is written as UTF-8.
+        durable: Also against a power cut, not only against the death of the process; costs milliseconds.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

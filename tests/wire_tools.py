@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import ipaddress
+import queue
 import random
 import socket
 import struct
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import blake3
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -32,7 +33,7 @@ def payload(path: Path, size: int, seed: int = 0) -> Receipt:
     """Write a file of incompressible bytes and return its receipt."""
     data = random.Random(seed).randbytes(size)
     path.write_bytes(data)
-    return Receipt(size, hashlib.sha256(data).hexdigest())
+    return Receipt(size, blake3.blake3(data).hexdigest())
 
 
 @dataclass
@@ -91,6 +92,7 @@ class ChaosProxy:
         flip_down_at: The same for server-to-client bytes.
         bytes_per_s: Rate of client-to-server bytes, None for no limit.
         bytes_per_s_down: The same for server-to-client bytes.
+        delay_s: Seconds that bytes are under way in either direction; a cut loses those that are.
     """
 
     BLOCK = 16384
@@ -105,8 +107,10 @@ class ChaosProxy:
         flip_down_at: int | None = None,
         bytes_per_s: float | None = None,
         bytes_per_s_down: float | None = None,
+        delay_s: float = 0.0,
     ) -> None:
         self.target = target
+        self.delay_s = delay_s
         self.up = _Flow(list(cut_at), flip_at, bytes_per_s)
         self.down = _Flow(list(cut_down_at), flip_down_at, bytes_per_s_down)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -145,6 +149,7 @@ class ChaosProxy:
                     threading.Thread(target=self._relay, args=(source, sink, flow), daemon=True).start()
 
     def _relay(self, source: socket.socket, sink: socket.socket, flow: _Flow) -> None:
+        send = _Delayed(sink, self.delay_s).send if self.delay_s else sink.sendall
         try:
             while data := source.recv(self.BLOCK):
                 data = flow.changed(data)
@@ -152,7 +157,7 @@ class ChaosProxy:
                 if flow.cut_at and flow.num_bytes >= flow.cut_at[0]:
                     flow.cut_at.pop(0)
                     break
-                sink.sendall(data)
+                send(data)
                 flow.rest(len(data))
         except OSError:
             pass
@@ -177,6 +182,26 @@ class _Flow:
         started = time.monotonic()
         while (rate := self.bytes_per_s) and (left := started + num_bytes / rate - time.monotonic()) > 0:
             time.sleep(min(left, 0.05))
+
+
+class _Delayed:
+    """Sends what it is given a fixed time later; what waits when the socket closes is lost."""
+
+    def __init__(self, sink: socket.socket, delay_s: float) -> None:
+        self._sink, self._delay_s = sink, delay_s
+        self._waiting: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def send(self, data: bytes) -> None:
+        self._waiting.put((time.monotonic() + self._delay_s, data))
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while self._sink.fileno() >= 0:
+                with contextlib.suppress(queue.Empty):
+                    due, data = self._waiting.get(timeout=1.0)
+                    time.sleep(max(0.0, due - time.monotonic()))
+                    self._sink.sendall(data)
 
 
 def _reset(*ends: socket.socket) -> None:

@@ -20,7 +20,7 @@ from fedllm.errors import CorruptPayloadError, TransportError, explain
 from fedllm.wire import updates_pb2 as pb
 from fedllm.wire.digest import CHUNK_BYTES, digest_file
 from fedllm.wire.files import clear_disk_errors
-from fedllm.wire.framing import READ_AHEAD, append_chunks, push_message
+from fedllm.wire.framing import READ_AHEAD, append_chunks, push_message, read_chunk
 from fedllm.wire.methods import CLIENT_OPTIONS, PORT_KEY, Stub
 from fedllm.wire.part import Part, Receipt
 from fedllm.wire.patience import Patience, Watch
@@ -105,7 +105,7 @@ class UpdateClient:
         return destination
 
     def push(self, ticket: str, source: Path, announced: Receipt) -> None:
-        """Deliver a file; on return the server has verified it and has it on disk. The file stays the caller's.
+        """Deliver a file; on return the server has verified it and holds it in a file. The file stays the caller's.
 
         Args:
             ticket: Allows this push.
@@ -145,13 +145,13 @@ class UpdateClient:
             return
         request = pb.FetchRequest(ticket=ticket, offset=part.size)
         call = stub.fetch(request, timeout=patience.remaining_s, metadata=self._metadata)
-        waiting: list[pb.Chunk] = []
+        waiting: list[bytes] = []
         with Watch(call, self._stall_s, patience) as watch, ThreadPoolExecutor(1) as disk:
             writing = disk.submit(lambda: None)
             try:
-                for chunk in call:
+                for message in call:
                     watch.moved()
-                    waiting.append(chunk)
+                    waiting.append(message)
                     if writing.done() or len(waiting) == READ_AHEAD:
                         writing.result()
                         writing, waiting = disk.submit(self._take, part, waiting, patience), []
@@ -161,9 +161,9 @@ class UpdateClient:
         if part.missing:
             raise RefusedError(Reason.OUT_OF_STEP, f"The state ended {part.missing} bytes too early.")
 
-    def _take(self, part: Part, chunks: list[pb.Chunk], patience: Patience) -> None:
-        append_chunks(part, chunks)
-        if chunks:
+    def _take(self, part: Part, messages: list[bytes], patience: Patience) -> None:
+        append_chunks(part, map(read_chunk, messages))
+        if messages:
             patience.progressed()
             self._progress(part.size, part.announced.size)
 
@@ -219,7 +219,7 @@ def _part_of(destination: Path, expected: Receipt) -> Iterator[Part]:
         for other in destination.parent.glob(f"{glob.escape(destination.name)}.*.part"):
             if other != path:
                 other.unlink()
-    with Part(path, expected, lambda part: os.replace(part, destination), durable=False) as part:
+    with Part(path, expected, lambda part: os.replace(part, destination)) as part:
         yield part
 
 
@@ -233,7 +233,7 @@ class _Sender:
     """Reads a file into the messages of a push."""
 
     def __init__(self, ticket: str, source: Path, announced: Receipt, progress: Progress) -> None:
-        self.announcement = pb.Announcement(ticket=ticket, size=announced.size, sha256=announced.digest)
+        self.announcement = pb.Announcement(ticket=ticket, size=announced.size, digest=announced.digest)
         self.on_chunk: Callable[[], None] = lambda: None
         self._source, self._announced, self._progress = source, announced, progress
         self._error: Exception | None = None

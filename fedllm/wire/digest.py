@@ -2,16 +2,17 @@
 
 - A **chunk** carries XXH3-64. It guards against accident only (a flipped bit, a torn write), is found at once, and
   costs 25 µs per MiB.
-- A **payload** is named by SHA-256. The digest also travels in Flower's authenticated message, so it must bind: nobody,
+- A **payload** is named by BLAKE3. The digest also travels in Flower's authenticated message, so it must bind: nobody,
   a proxy that ends TLS included, can swap a payload for another of the same digest, and "same digest" may be taken as
-  "same payload" when a push is repeated. It costs 0.7 ms per MiB with the processor's SHA instructions.
+  "same payload" when a push is repeated. It costs 0.3 ms per MiB, half of what SHA-256 costs with the processor's own
+  instructions; hashing at both ends is the largest part of a transfer's work beside gRPC's.
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
+import blake3
 import xxhash
 
 CHUNK_BYTES = 1 << 20
@@ -26,15 +27,23 @@ def checksum(chunk: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(chunk)
 
 
+def new_digest(data: bytes | memoryview = b"") -> blake3.blake3:
+    """Return a running digest of a payload; feed it with ``update``."""
+    return blake3.blake3(data)
+
+
 def digest_bytes(data: bytes | memoryview) -> str:
     """Return a payload's digest, 64 lower-case hexadecimal digits."""
-    return hashlib.sha256(data).hexdigest()
+    return new_digest(data).hexdigest()
 
 
 def digest_file(path: Path) -> str:
     """Return the digest of a file's content (see :func:`digest_bytes`)."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = new_digest()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def is_digest(text: str) -> bool:

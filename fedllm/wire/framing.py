@@ -1,12 +1,13 @@
 """Chunks into messages and back into files, the same for both directions.
 
-Messages with chunks are put together by hand, into the bytes that the generated module would give. It would copy a chunk
-into its own memory and out again, which costs a sender a quarter of its time; here the chunk is copied once.
+Messages with chunks are put together and taken apart by hand; the bytes are those of the generated module. It would copy a
+chunk into its own memory and out again at either end, which costs a sender a quarter of its time and a receiver a tenth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
@@ -18,6 +19,17 @@ from fedllm.wire.status import Reason, RefusedError
 READ_AHEAD = 2
 """Chunks of one stream that wait while as many are written or read. Handing several to a thread at a time saves a fifth of
 a receiver's work."""
+
+_VARINT, _FIXED64, _BYTES = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A ``Chunk`` whose data is still where it arrived."""
+
+    offset: int
+    checksum: int
+    data: memoryview
 
 
 def chunk_message(offset: int, data: bytes) -> bytes:
@@ -31,7 +43,34 @@ def push_message(offset: int, data: bytes) -> bytes:
     return b"".join((_PUSH_CHUNK, _varint(len(head) + len(data)), head, data))
 
 
-def append_chunks(part: Part, chunks: Iterable[pb.Chunk]) -> None:
+def read_chunk(message: bytes | memoryview) -> Chunk:
+    """Read a serialized ``Chunk``.
+
+    Raises:
+        RefusedError: It is none.
+    """
+    fields = dict(_fields(memoryview(message)))
+    offset, checksum_, data = (fields.get(key, default) for key, default in _CHUNK_FIELDS.items())
+    assert isinstance(offset, int), "the key says so"
+    assert isinstance(checksum_, int), "the key says so"
+    assert isinstance(data, memoryview), "the key says so"
+    return Chunk(offset, checksum_, data)
+
+
+def read_push(message: bytes) -> Chunk:
+    """Read the chunk of a serialized ``PushRequest``.
+
+    Raises:
+        RefusedError: It holds none.
+    """
+    fields = dict(_fields(memoryview(message)))
+    inner = fields.get(_PUSH_CHUNK[0])
+    if not isinstance(inner, memoryview):
+        raise RefusedError(Reason.MALFORMED, "Only chunks follow an announcement.")
+    return read_chunk(inner)
+
+
+def append_chunks(part: Part, chunks: Iterable[Chunk]) -> None:
     """Append chunks that arrived, each if it is the next one and whole.
 
     Raises:
@@ -39,12 +78,11 @@ def append_chunks(part: Part, chunks: Iterable[pb.Chunk]) -> None:
         UpdateError, TransportError: See :meth:`fedllm.wire.part.Part.append`.
     """
     for chunk in chunks:
-        data = chunk.data
         if chunk.offset != part.size:
             raise RefusedError(Reason.OUT_OF_STEP, f"The transfer goes on at byte {part.size}, not {chunk.offset}.")
-        if checksum(data) != chunk.checksum:
+        if checksum(chunk.data) != chunk.checksum:
             raise RefusedError(Reason.CORRUPT, f"The chunk at byte {chunk.offset} does not have its checksum.")
-        part.append(data)
+        part.append(chunk.data)
 
 
 def serialize(message: Message | bytes) -> bytes:
@@ -52,18 +90,47 @@ def serialize(message: Message | bytes) -> bytes:
     return message if isinstance(message, bytes) else message.SerializeToString()
 
 
-def _tag(message: type[Message], field: str) -> bytes:
-    """Return the key of a length-delimited field."""
-    return _varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | 2)
-
-
 def _chunk_head(offset: int, data: bytes) -> bytes:
     head = pb.Chunk(offset=offset, checksum=checksum(data)).SerializeToString()
     return head + _CHUNK_DATA + _varint(len(data))
 
 
+def _fields(view: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield key and value of each field of a message; the key is the field's number and wire type as they travel."""
+    position = 0
+    while position < len(view):
+        key, position = _read_varint(view, position)
+        if key & 7 == _VARINT:
+            value, position = _read_varint(view, position)
+            yield key, value
+            continue
+        size = 8
+        if key & 7 == _BYTES:
+            size, position = _read_varint(view, position)
+        elif key & 7 != _FIXED64:
+            raise _malformed()
+        field, position = view[position : position + size], position + size
+        if len(field) != size:
+            raise _malformed()
+        yield key, int.from_bytes(field, "little") if key & 7 == _FIXED64 else field
+
+
+def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
+    """Read protobuf's variable-length form of an unsigned number of 64 bits; return it and where it ends."""
+    value = 0
+    for index, byte in enumerate(view[position : position + 10]):
+        value |= (byte & 0x7F) << 7 * index
+        if byte < 0x80:
+            return value & 0xFFFF_FFFF_FFFF_FFFF, position + index + 1
+    raise _malformed()
+
+
+def _malformed() -> RefusedError:
+    return RefusedError(Reason.MALFORMED, "A message cannot be read.")
+
+
 def _varint(value: int) -> bytes:
-    """Return protobuf's variable-length form of an unsigned number: seven bits a byte, the lowest first."""
+    """Write what :func:`_read_varint` reads: seven bits a byte, the lowest first."""
     groups = []
     while value > 0x7F:
         groups.append(value & 0x7F | 0x80)
@@ -71,5 +138,14 @@ def _varint(value: int) -> bytes:
     return bytes([*groups, value])
 
 
-_CHUNK_DATA = _tag(pb.Chunk, "data")
-_PUSH_CHUNK = _tag(pb.PushRequest, "chunk")
+def _key(message: type[Message], field: str, wire_type: int) -> int:
+    return message.DESCRIPTOR.fields_by_name[field].number << 3 | wire_type
+
+
+_CHUNK_FIELDS: dict[int, int | memoryview] = {
+    _key(pb.Chunk, "offset", _VARINT): 0,
+    _key(pb.Chunk, "checksum", _FIXED64): 0,
+    _key(pb.Chunk, "data", _BYTES): memoryview(b""),
+}
+_CHUNK_DATA = _varint(_key(pb.Chunk, "data", _BYTES))
+_PUSH_CHUNK = _varint(_key(pb.PushRequest, "chunk", _BYTES))

@@ -90,7 +90,7 @@ class InlineClientTransport:
         """Unpack the instruction's bytes into a file."""
         announced, blob = _unpack(instruction, where="instruction")
         if (found := digest_bytes(blob)) != announced.digest:
-            raise CorruptPayloadError(explain("a state has another SHA-256", expected=announced.digest, found=found))
+            raise CorruptPayloadError(explain("a state has another digest", expected=announced.digest, found=found))
         temporary = destination.with_name(destination.name + ".part")
         with clear_disk_errors(destination):
             temporary.write_bytes(blob)
@@ -109,12 +109,12 @@ class InlineClientTransport:
 def _pack(payload: Path) -> Envelope:
     with clear_disk_errors(payload):
         blob = payload.read_bytes()
-    return Envelope({"transport": KIND, "size": len(blob), "sha256": digest_bytes(blob)}, blob)
+    return Envelope({"transport": KIND, "size": len(blob), "digest": digest_bytes(blob)}, blob)
 
 
 def _unpack(envelope: Envelope, where: str) -> tuple[Receipt, bytes]:
     """Return what a message announces and its bytes, which have the announced size; the digest is not checked yet."""
-    announced = Receipt(envelope.get("size", int), envelope.get("sha256", str))
+    announced = Receipt(envelope.get("size", int), envelope.get("digest", str))
     blob = envelope.blob or b""
     if len(blob) != announced.size:
         kind = TruncatedPayloadError if len(blob) < announced.size else OversizedPayloadError

@@ -61,7 +61,7 @@ class Service(Protocol):
         """Say where to go on."""
 
     async def push(self, requests: Any, context: Any) -> pb.Receipt:
-        """Read an announcement and chunks from the context."""
+        """Read an announcement and chunks, both serialized, from the context."""
 
 
 def handler(service: Service) -> grpc.GenericRpcHandler[Any, Any]:
@@ -74,9 +74,7 @@ def handler(service: Service) -> grpc.GenericRpcHandler[Any, Any]:
         "PushStatus": grpc.unary_unary_rpc_method_handler(
             service.push_status, pb.Announcement.FromString, pb.PushStatusReply.SerializeToString
         ),
-        "Push": grpc.stream_unary_rpc_method_handler(
-            service.push, pb.PushRequest.FromString, pb.Receipt.SerializeToString
-        ),
+        "Push": grpc.stream_unary_rpc_method_handler(service.push, bytes, pb.Receipt.SerializeToString),
     }
     return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -85,7 +83,7 @@ class Stub:
     """The client's side of each method."""
 
     def __init__(self, channel: grpc.Channel) -> None:
-        self.fetch = channel.unary_stream(f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString, pb.Chunk.FromString)
+        self.fetch = channel.unary_stream(f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString, bytes)
         self.confirm = channel.unary_unary(
             f"/{SERVICE}/Confirm", pb.ConfirmRequest.SerializeToString, pb.ConfirmReply.FromString
         )

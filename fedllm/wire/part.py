@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from blake3 import blake3
+
 from fedllm.errors import CorruptPayloadError, OversizedPayloadError, TransportError, explain
-from fedllm.wire.digest import CHUNK_BYTES, is_digest
+from fedllm.wire.digest import CHUNK_BYTES, is_digest, new_digest
 from fedllm.wire.files import clear_disk_errors
 
 
@@ -21,7 +22,7 @@ class Receipt:
 
     Attributes:
         size: Its bytes.
-        digest: SHA-256, 64 hexadecimal digits.
+        digest: BLAKE3, 64 hexadecimal digits.
 
     Raises:
         TransportError: The size is negative or the digest is none.
@@ -32,10 +33,10 @@ class Receipt:
 
     def __post_init__(self) -> None:
         if self.size < 0 or not is_digest(self.digest):
-            raise TransportError(explain("a payload is announced wrongly", expected="bytes and SHA-256", found=self))
+            raise TransportError(explain("a payload is announced wrongly", expected="bytes and BLAKE3", found=self))
 
     def __str__(self) -> str:
-        return f"{self.size} bytes, SHA-256 {self.digest[:12]}…"
+        return f"{self.size} bytes, BLAKE3 {self.digest[:12]}…"
 
 
 class Part:
@@ -47,18 +48,15 @@ class Part:
     Args:
         path: The file; need not exist.
         announced: What it has to become.
-        deliver: Moves the verified, synced file into place.
-        durable: Bring the file to the disk before it is delivered; not needed for what can be had again.
+        deliver: Moves the verified file into place.
     """
 
-    def __init__(
-        self, path: Path, announced: Receipt, deliver: Callable[[Path], None], *, durable: bool = True
-    ) -> None:
+    def __init__(self, path: Path, announced: Receipt, deliver: Callable[[Path], None]) -> None:
         self.path, self.announced = path, announced
-        self._deliver, self._durable = deliver, durable
+        self._deliver = deliver
         self._lock = threading.Lock()
         self._closed = False
-        self._sha: hashlib._Hash | None = None
+        self._digest: blake3 | None = None
         with clear_disk_errors(path):
             self._size = path.stat().st_size if path.exists() else 0
         if self._size > announced.size:
@@ -98,19 +96,19 @@ class Part:
                 raise OversizedPayloadError(
                     explain("a payload is longer than announced", expected=f"{self.announced.size} bytes", found=found)
                 )
-            sha = self._hash_of_held()
+            digest = self._digest_of_held()
             self._write(chunk)
-            sha.update(chunk)
+            digest.update(chunk)
             self._size += len(chunk)
 
     def rewind(self) -> None:
         """Forget what is held and begin at the first byte."""
         with self._writing():
             self.path.unlink(missing_ok=True)
-            self._sha, self._size = None, 0
+            self._digest, self._size = None, 0
 
     def finish(self) -> None:
-        """Verify the whole, sync it to disk and hand it over; the part is closed.
+        """Verify the whole and hand it over; the part is closed.
 
         Raises:
             CorruptPayloadError: The digest is not the announced one; what was held is discarded.
@@ -121,16 +119,14 @@ class Part:
                 raise TransportError(
                     explain("a payload is not complete", expected=self.announced.size, found=self._size)
                 )
-            found = self._hash_of_held().hexdigest()
+            found = self._digest_of_held().hexdigest()
             self._closed = True
             if found != self.announced.digest:
                 self.path.unlink(missing_ok=True)
                 raise CorruptPayloadError(
-                    explain("a payload has another SHA-256", expected=self.announced.digest, found=found)
+                    explain("a payload has another digest", expected=self.announced.digest, found=found)
                 )
-            with self.path.open("ab") as file:
-                if self._durable:
-                    os.fsync(file.fileno())
+            self.path.touch()  # nothing was written where nothing was announced
             self._deliver(self.path)
 
     def close(self) -> None:
@@ -145,15 +141,15 @@ class Part:
                 raise TransportError(explain("a transfer was superseded or its round closed", where=self.path.name))
             yield
 
-    def _hash_of_held(self) -> hashlib._Hash:
+    def _digest_of_held(self) -> blake3:
         """Return the running hash; after a restart it is computed once from the file."""
-        if self._sha is None:
-            self._sha = hashlib.sha256()
+        if self._digest is None:
+            self._digest = new_digest()
             if self._size:
                 with self.path.open("rb") as file:
                     while chunk := file.read(CHUNK_BYTES):
-                        self._sha.update(chunk)
-        return self._sha
+                        self._digest.update(chunk)
+        return self._digest
 
     def _write(self, chunk: bytes | memoryview) -> None:
         rest, end = memoryview(chunk), self._size

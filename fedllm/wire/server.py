@@ -17,6 +17,7 @@ from fedllm.errors import TransportError, explain
 from fedllm.wire.digest import digest_file
 from fedllm.wire.files import clear_disk_errors
 from fedllm.wire.ledger import Ledger
+from fedllm.wire.memory import keep_freed_buffers
 from fedllm.wire.methods import SERVER_OPTIONS, handler
 from fedllm.wire.part import Receipt
 from fedllm.wire.ports import free_ports, parse_ports
@@ -73,6 +74,7 @@ class UpdateServer:
         self._credentials = server_credentials(tls, insecure=insecure)
         self._max_transfers, self._queue_s, self._stall_s = max_transfers, queue_s, stall_s
         self._ledger = Ledger(spool.folder)
+        keep_freed_buffers()
         self._published: dict[str, Published] = {}
         self._delivered = threading.Condition()
         self._stopped = False

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from fedllm.errors import (
     CorruptPayloadError,
@@ -31,7 +32,7 @@ from fedllm.errors import (
 from fedllm.wire import updates_pb2 as pb
 from fedllm.wire.digest import CHUNK_BYTES
 from fedllm.wire.files import clear_disk_errors
-from fedllm.wire.framing import READ_AHEAD, append_chunks, chunk_message
+from fedllm.wire.framing import READ_AHEAD, append_chunks, chunk_message, read_push
 from fedllm.wire.ledger import Ledger
 from fedllm.wire.part import Part, Receipt
 from fedllm.wire.rounds import Rounds
@@ -154,9 +155,7 @@ class UpdateService:
 
     async def _push(self, context: Any) -> pb.Receipt:
         message = await self._next(context)
-        if message is _END or message.WhichOneof("part") != "announcement":
-            raise RefusedError(Reason.MALFORMED, "A push begins with its announcement.")
-        announcement = message.announcement
+        announcement = _read_announcement(b"" if message is _END else message)
         ticket = self._check(announcement.ticket, "push")
         announced = _announced(announcement, ticket)
         await self._on_disk(self._check_unused, ticket, announced)
@@ -165,7 +164,7 @@ class UpdateService:
             if part is not None:
                 await self._receive(part, announcement.offset, context)
         self._on_delivered(ticket.round_, ticket.site, announced)
-        return pb.Receipt(size=announced.size, sha256=announced.digest)
+        return pb.Receipt(size=announced.size, digest=announced.digest)
 
     async def _receive(self, part: Part, offset: int, context: Any) -> None:
         try:
@@ -178,17 +177,15 @@ class UpdateService:
         """Append the stream's chunks, written to the disk while more arrive."""
         if offset != part.size:
             raise RefusedError(Reason.OUT_OF_STEP, f"The push goes on at byte {part.size}, not {offset}.")
-        waiting: list[pb.Chunk] = []
+        waiting: list[bytes] = []
         writing = self._on_disk(lambda: None)
         while (message := await self._next(context)) is not _END:
-            if message.WhichOneof("part") != "chunk":
-                raise RefusedError(Reason.MALFORMED, "Only chunks follow an announcement.")
-            waiting.append(message.chunk)
+            waiting.append(message)
             if writing.done() or len(waiting) == READ_AHEAD:
                 await writing
-                writing, waiting = self._on_disk(append_chunks, part, waiting), []
+                writing, waiting = self._on_disk(append_chunks, part, map(read_push, waiting)), []
         await writing
-        await self._on_disk(append_chunks, part, waiting)
+        await self._on_disk(append_chunks, part, map(read_push, waiting))
         if part.missing:
             raise RefusedError(Reason.OUT_OF_STEP, f"The push ended {part.missing} bytes too early.")
 
@@ -242,10 +239,20 @@ def _read_chunk(file: RawIOBase, offset: int, size: int) -> bytes:
     return chunk_message(offset, data)
 
 
+def _read_announcement(message: bytes) -> pb.Announcement:
+    try:
+        request = pb.PushRequest.FromString(message)
+    except DecodeError as error:
+        raise RefusedError(Reason.MALFORMED, "A message cannot be read.") from error
+    if request.WhichOneof("part") != "announcement":
+        raise RefusedError(Reason.MALFORMED, "A push begins with its announcement.")
+    return request.announcement
+
+
 def _announced(announcement: pb.Announcement, ticket: Ticket) -> Receipt:
     _check_size(announcement.size, ticket)
     try:
-        return Receipt(announcement.size, announcement.sha256)
+        return Receipt(announcement.size, announcement.digest)
     except TransportError as error:
         raise RefusedError(Reason.MALFORMED, str(error)) from error
 

@@ -3,13 +3,16 @@
 ::
 
     <folder>/incoming/<round>@<site>@<digest>.part    what has arrived, verified chunk by chunk
-    <folder>/complete/<round>/<site>.payload          a whole payload, its digest checked, synced to disk
+    <folder>/complete/<round>/<site>.payload          a whole payload, its digest checked
     <folder>/complete/<round>/<site>.receipt          its size and digest
     <folder>/received/<round>/<site>.payload          the same payload once the round loop has taken it
 
 A payload appears in ``complete`` by one rename. A sender that dies leaves a ``.part`` that a later push of the same
 payload continues, also after the server was restarted. The receipt makes a repeated push harmless: the same payload is
 acknowledged again without being written, another one is refused. Site names come from peers and are escaped.
+
+What is here survives the death of the process, but is not forced to the disk: after a power cut the server resumes from
+its checkpoint, begins the round anew, and sites hand in again what they keep until a round is folded.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fedllm.errors import TransportError, explain
-from fedllm.files import atomic_write, sync_folder
+from fedllm.files import atomic_write
 from fedllm.wire.digest import CHUNK_BYTES, digest_file
 from fedllm.wire.files import clear_disk_errors
 from fedllm.wire.part import Part, Receipt
@@ -165,7 +168,6 @@ class Spool:
         payload = self.payload_path(round_, site)
         payload.parent.mkdir(exist_ok=True)
         part.rename(payload)
-        sync_folder(payload.parent)
         self._write_receipt(round_, site, announced)
         logger.debug("round %d: update of %r is complete: %s", round_, site, announced)
 
@@ -179,7 +181,7 @@ class Spool:
         return receipt
 
     def _write_receipt(self, round_: int, site: str, receipt: Receipt) -> None:
-        atomic_write(self._receipt_path(round_, site), json.dumps(asdict(receipt)))
+        atomic_write(self._receipt_path(round_, site), json.dumps(asdict(receipt)), durable=False)
 
     def _receipt_path(self, round_: int, site: str) -> Path:
         return self.payload_path(round_, site).with_suffix(".receipt")

@@ -49,7 +49,7 @@ class StreamServerTransport:
         fields["max-update-bytes"] = max_update_bytes
         if state_id is not None:
             state = self._server.published(state_id)
-            fields |= {"state-size": state.size, "state-sha256": state.digest}
+            fields |= {"state-size": state.size, "state-digest": state.digest}
             fields["fetch-ticket"] = self._server.issue(
                 round_=round_,
                 site=site,
@@ -67,7 +67,7 @@ class StreamServerTransport:
     def receive(self, *, round_: int, site: str, reply: Envelope) -> Path:
         """Take the update that the reply announces from the spool."""
         self._check_open(round_, "receive")
-        announced = Receipt(reply.get("size", int), reply.get("sha256", str))
+        announced = Receipt(reply.get("size", int), reply.get("digest", str))
         return self._spool.take(round_, site, announced)
 
     def close_round(self, round_: int) -> None:
@@ -98,7 +98,7 @@ class StreamClientTransport:
 
     def fetch(self, instruction: Envelope, destination: Path) -> Path:
         """Stream the offered state into a file."""
-        expected = Receipt(instruction.get("state-size", int), instruction.get("state-sha256", str))
+        expected = Receipt(instruction.get("state-size", int), instruction.get("state-digest", str))
         return self._client(instruction).fetch(instruction.get("fetch-ticket", str), destination, expected)
 
     def push(self, instruction: Envelope, payload: Path) -> Envelope:
@@ -111,7 +111,7 @@ class StreamClientTransport:
                 explain("an update is too large", expected=f"at most {limit} bytes", found=announced.size)
             )
         self._client(instruction).push(instruction.get("push-ticket", str), payload, announced)
-        return Envelope({"transport": KIND, "size": announced.size, "sha256": announced.digest})
+        return Envelope({"transport": KIND, "size": announced.size, "digest": announced.digest})
 
     def _client(self, instruction: Envelope) -> UpdateClient:
         return self._connect(self._address or instruction.get("address", str), port=instruction.get("port", int))

@@ -24,16 +24,16 @@ class ConfirmReply(_message.Message):
     def __init__(self) -> None: ...
 
 class Announcement(_message.Message):
-    __slots__ = ("ticket", "size", "sha256", "offset")
+    __slots__ = ("ticket", "size", "digest", "offset")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
-    SHA256_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     ticket: str
     size: int
-    sha256: str
+    digest: str
     offset: int
-    def __init__(self, ticket: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[str] = ..., size: _Optional[int] = ..., digest: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class PushStatusReply(_message.Message):
     __slots__ = ("offset", "delivered")
@@ -62,9 +62,9 @@ class Chunk(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., checksum: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("size", "sha256")
+    __slots__ = ("size", "digest")
     SIZE_FIELD_NUMBER: _ClassVar[int]
-    SHA256_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     size: int
-    sha256: str
-    def __init__(self, size: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
+    digest: str
+    def __init__(self, size: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...

@@ -178,12 +178,12 @@ def test_a_second_different_update_of_a_site_never_replaces_the_first(pair: Pair
     [
         lambda fields: fields | {"size": fields["size"] + 1},
         lambda fields: fields | {"size": fields["size"] - 1},
-        lambda fields: fields | {"sha256": "0" * 64},
-        lambda fields: fields | {"sha256": "not a digest"},
+        lambda fields: fields | {"digest": "0" * 64},
+        lambda fields: fields | {"digest": "not a digest"},
         lambda fields: fields | {"size": -1},
         lambda fields: fields | {"size": str(fields["size"])},
         lambda fields: fields | {"size": True},
-        lambda fields: {name: value for name, value in fields.items() if name != "sha256"},
+        lambda fields: {name: value for name, value in fields.items() if name != "digest"},
         lambda _: {},
     ],
 )
@@ -205,7 +205,7 @@ def test_a_site_cannot_pass_off_what_another_delivered(pair: Pair):
 def test_an_instruction_whose_payload_is_not_what_it_announces_is_refused(pair: Pair):
     instruction = pair.offer()
     fields = dict(instruction.fields)
-    name = "sha256" if "sha256" in fields else "state-sha256"
+    name = "digest" if "digest" in fields else "state-digest"
     with pytest.raises((PayloadError, TransportError)):
         pair.client.fetch(Envelope(fields | {name: "0" * 64}, instruction.blob), pair.folder / "fetched")
     assert not (pair.folder / "fetched").exists()

@@ -9,14 +9,16 @@ import json
 import string
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.errors import TicketError
 from fedllm.wire import updates_pb2 as pb
 from fedllm.wire.digest import checksum
-from fedllm.wire.framing import chunk_message, push_message
+from fedllm.wire.framing import chunk_message, push_message, read_chunk, read_push
 from fedllm.wire.spool import file_name
+from fedllm.wire.status import RefusedError
 from fedllm.wire.ticket import Ticket, TicketKey
 
 keys = st.binary(min_size=32, max_size=32).map(TicketKey)
@@ -117,6 +119,32 @@ def test_messages_put_together_by_hand_are_those_of_the_generated_module(offset:
     chunk = pb.Chunk(offset=offset, checksum=checksum(data), data=data)
     assert chunk_message(offset, data) == chunk.SerializeToString()
     assert push_message(offset, data) == pb.PushRequest(chunk=chunk).SerializeToString()
+
+
+@given(st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 64) - 1), st.binary(max_size=70_000), st.binary(max_size=40))
+def test_messages_taken_apart_by_hand_say_what_the_generated_module_reads(
+    offset: int, check: int, data: bytes, unknown: bytes
+):
+    chunk = pb.Chunk(offset=offset, checksum=check, data=data)
+    of_a_newer_release = chunk.SerializeToString() + b"\x7a" + bytes([len(unknown)]) + unknown
+    for message in (chunk.SerializeToString(), of_a_newer_release):
+        read, expected = read_chunk(message), pb.Chunk.FromString(message)
+        assert (read.offset, read.checksum, bytes(read.data)) == (expected.offset, expected.checksum, expected.data)
+    pushed = read_push(pb.PushRequest(chunk=chunk).SerializeToString())
+    assert (pushed.offset, pushed.checksum, bytes(pushed.data)) == (offset, check, data)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_as_the_generated_module_reads_them_or_refused(message: bytes):
+    try:
+        read = read_chunk(message)
+    except RefusedError:
+        return
+    try:
+        expected = pb.Chunk.FromString(message)
+    except DecodeError:
+        return
+    assert (read.offset, read.checksum, bytes(read.data)) == (expected.offset, expected.checksum, expected.data)
 
 
 @given(st.text(max_size=300), st.text(max_size=300))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import shutil
 import tempfile
 from pathlib import Path
 
+import blake3
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -24,7 +24,7 @@ payloads = st.sampled_from(PAYLOADS)
 
 
 def receipt_of(data: bytes) -> Receipt:
-    return Receipt(len(data), hashlib.sha256(data).hexdigest())
+    return Receipt(len(data), blake3.blake3(data).hexdigest())
 
 
 class SpoolMachine(RuleBasedStateMachine):

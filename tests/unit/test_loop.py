@@ -178,7 +178,7 @@ def honest_envelope(blob: bytes) -> Envelope:
     """Return an envelope whose size and checksum fit a blob, so that only the payload itself is wrong."""
     from fedllm.wire.digest import digest_bytes
 
-    return Envelope({"transport": "flower", "size": len(blob), "sha256": digest_bytes(blob)}, blob)
+    return Envelope({"transport": "flower", "size": len(blob), "digest": digest_bytes(blob)}, blob)
 
 
 REASONS = {

@@ -40,9 +40,9 @@ def test_the_generated_module_does_not_ask_for_one_version_of_protobuf():
     assert "runtime_version" not in generate.GENERATED[0].read_text()
 
 
-def test_a_digest_is_plain_sha_256(tmp_path: Path):
+def test_a_digest_is_plain_blake3(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"abc")
-    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    known = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
     assert digest_bytes(b"abc") == digest_file(tmp_path / "file") == known
 
 
