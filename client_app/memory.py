@@ -6,7 +6,7 @@
         held.payload               the global state that the site decoded last, as float32
         round-00003.update         the encoded update of a round, kept until the server has folded it
         round-00003.report         what was said of it, and for which request
-        round-00003.residual       what error feedback keeps back after it
+        round-00003.residual-1a2b3c4d   what error feedback keeps back after it, of the tensors whose layout has this digest
 
 Every file is replaced whole. Nothing is kept in Flower's ``Context.state``, which loses large values without a word and
 dies with the SuperNode. A residual belongs to its round: a server that died in round 3 and asks for round 3 again gets an
@@ -78,9 +78,10 @@ class Memory:
     def finish(self, round_: int, request: str, report: str) -> None:
         """Note that a round's update is done, and forget rounds that no server goes back to."""
         atomic_write(self._file(round_, "report"), f"{request}\n{report}")
-        for path in self.folder.glob("round-*.*"):
-            if int(path.stem.removeprefix("round-")) <= round_ - KEPT_ROUNDS:
-                path.unlink()
+        for kind in {path.suffix.removeprefix(".") for path in self.folder.glob("round-*.*")}:
+            done = [number for number in self._rounds(kind) if number <= round_]
+            for number in done[:-KEPT_ROUNDS]:
+                self._file(number, kind).unlink()
 
     def update_path(self, round_: int) -> Path:
         """Return where a round's encoded update belongs."""
@@ -88,29 +89,30 @@ class Memory:
         self._file(round_, "report").unlink(missing_ok=True)
         return self._file(round_, "update")
 
-    def residual(self, round_: int, last_folded: int) -> tuple[Arrays, int] | None:
-        """Return what earlier rounds left unsent, and the age in rounds; None if nothing did.
+    def residual(self, round_: int, part: Layout, last_folded: int) -> tuple[Arrays, int] | None:
+        """Return what earlier rounds left unsent of the same tensors, and the age in rounds; None if nothing did.
 
-        Where the server never folded the last update, all of it was left unsent.
+        Where the server never folded the last update of these tensors, all of it was left unsent.
 
         Args:
             round_: The round that starts.
+            part: The tensors that it sends.
             last_folded: The last round in which the server folded this site's update.
         """
-        earlier = [number for number in self._rounds("residual") if number < round_]
+        earlier = [number for number in self._rounds(_residual_of(part)) if number < round_]
         if not earlier:
             return None
         last = max(earlier)
-        arrays = self._load_residual(last)
+        arrays = self._load_residual(last, part)
         if arrays is None:
             return None
         if last > last_folded:
-            self._add_unsent(arrays, last)
+            self._add_unsent(arrays, last, part)
         return arrays, round_ - last
 
-    def keep_residual(self, round_: int, arrays: Arrays) -> None:
-        """Keep what a round left unsent."""
-        atomic_write(self._file(round_, "residual"), save(arrays))
+    def keep_residual(self, round_: int, part: Layout, arrays: Arrays) -> None:
+        """Keep what a round left unsent of the tensors that it sent."""
+        atomic_write(self._file(round_, _residual_of(part)), save(arrays))
 
     @property
     def _held(self) -> Path:
@@ -122,20 +124,24 @@ class Memory:
     def _rounds(self, kind: str) -> list[int]:
         return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob(f"round-*.{kind}"))
 
-    def _load_residual(self, round_: int) -> Arrays | None:
+    def _load_residual(self, round_: int, part: Layout) -> Arrays | None:
         try:
-            arrays = load(self._file(round_, "residual").read_bytes())
-            check_arrays(arrays, self.layout, "the residual")
+            arrays = load(self._file(round_, _residual_of(part)).read_bytes())
+            check_arrays(arrays, part, "the residual")
         except (OSError, SafetensorError, FedLLMError) as error:
             log.warning("the residual of round %d cannot be used and is dropped: %s", round_, error)
             return None
         return arrays
 
-    def _add_unsent(self, arrays: Arrays, round_: int) -> None:
+    def _add_unsent(self, arrays: Arrays, round_: int, part: Layout) -> None:
         path = self._file(round_, "update")
         try:
-            with open_payload(path, layout=self.layout, base=self.base, kind="update") as payload:
+            with open_payload(path, layout=part, base=self.base, kind="update") as payload:
                 for name in payload.names:
                     arrays[name] = arrays[name] + payload.read(name)
         except (OSError, FedLLMError) as error:
             log.warning("the update of round %d, which the server did not take, is lost: %s", round_, error)
+
+
+def _residual_of(part: Layout) -> str:
+    return f"residual-{part.digest[:8]}"

@@ -34,6 +34,7 @@ from fedllm.model.build import (
     attach_adapter,
     cached_base,
     layout_of,
+    only_trainable,
     read_adapter,
     write_adapter,
 )
@@ -41,7 +42,7 @@ from fedllm.model.evaluate import evaluate_loss
 from fedllm.model.generate import answer, without_adapter
 from fedllm.model.initial import initial_arrays
 from fedllm.provenance import versions
-from fedllm.update import Arrays, Layout, digest_arrays
+from fedllm.update import Arrays, Layout, digest_arrays, taken
 from fedllm.wire.transport import Envelope
 
 log = logging.getLogger(__name__)
@@ -130,10 +131,11 @@ class Session:
         if instruction.delivery == "held" or (instruction.delivery == "difference" and reference is None):
             wanted = instruction.reference_id or instruction.state_id
             raise StaleStateError(explain("the site does not hold a state", expected=wanted, where="state directory"))
+        part = self.layout.only(instruction.tensors) if instruction.tensors else self.layout
         path = build_transport(envelope, self.workplace.owner).fetch(envelope, self.memory.folder / "arrived.payload")
         with open_payload(
             path,
-            layout=self.layout,
+            layout=part,
             base=self.base.fingerprint,
             kind="state",
             reference_id=instruction.reference_id,
@@ -141,7 +143,7 @@ class Session:
         ) as payload:
             arrays = {name: payload.restore(name) for name in payload.names}
         path.unlink()
-        return arrays
+        return (reference or initial_arrays(self.layout, self.config.seed)) | arrays
 
     def load(self, arrays: Arrays) -> None:
         """Put a state into the model."""
@@ -153,23 +155,24 @@ class Session:
         Returns:
             The update's file, and the norm of what is left unsent now over the norm of the update, 0 without feedback.
         """
-        delta: Arrays = {name: trained[name] - received[name] for name in received}
+        part = instruction.work.sent(self.layout)
+        delta: Arrays = {name: trained[name] - received[name] for name in part.names}
         transport, round_ = self.config.transport, instruction.round
         feedback = None
         if transport.error_feedback and not parse(transport.uplink).is_lossless:
             feedback = ErrorFeedback(transport.feedback_beta, transport.feedback_max_age)
-        intended = self._compensated(feedback, delta, instruction) if feedback else delta
+        intended = self._compensated(feedback, delta, part, instruction) if feedback else delta
         path = self.memory.update_path(round_)
         info = encode_payload(
             path,
             intended,
-            self.layout,
+            part,
             kind="update",
             round_=round_,
             base=self.base.fingerprint,
             pipeline=transport.uplink,
             reference_id=instruction.state_id,
-            reference=received,
+            reference=taken(received, part),
             is_difference=True,
             seed=self.config.seed,
             site=self.workplace.site,
@@ -179,11 +182,13 @@ class Session:
         if feedback is None or info.decoded is None:
             return path, 0.0
         residual = feedback.residual(intended, info.decoded)
-        self.memory.keep_residual(round_, residual)
+        self.memory.keep_residual(round_, part, residual)
         return path, relative_norm(residual, delta)
 
-    def _compensated(self, feedback: ErrorFeedback, delta: Arrays, instruction: TrainInstruction) -> Arrays:
-        left = self.memory.residual(instruction.round, instruction.last_folded)
+    def _compensated(
+        self, feedback: ErrorFeedback, delta: Arrays, part: Layout, instruction: TrainInstruction
+    ) -> Arrays:
+        left = self.memory.residual(instruction.round, part, instruction.last_folded)
         return feedback.compensate(delta, feedback.carried(*left) if left else None)
 
     def push(self, update: Path, envelope: Envelope) -> Envelope:
@@ -191,12 +196,13 @@ class Session:
         return build_transport(envelope, self.workplace.owner).push(envelope, update)
 
     def train(
-        self, start: Arrays, *, first_step: int, num_steps: int, round_: int, title: str
+        self, start: Arrays, part: Layout, *, first_step: int, num_steps: int, round_: int, title: str
     ) -> tuple[TrainResult, Arrays]:
         """Train from a state and return the result and the trained arrays.
 
         Args:
             start: Where to start.
+            part: The tensors to train; the others stay as they are.
             first_step: Index of the first step among all steps of the federation.
             num_steps: Steps to take.
             round_: The round, for the draws.
@@ -211,7 +217,8 @@ class Session:
             def show(report: StepReport) -> None:
                 progress.step(f"loss {report.loss:.3f}")
 
-            result = train(self.model, batches, plan, on_step=show)
+            with only_trainable(self.model, part):
+                result = train(self.model, batches, plan, on_step=show)
         return result, read_adapter(self.model, self.layout)
 
     def score(self) -> Score:

@@ -93,7 +93,7 @@ def train_round(instruction: TrainInstruction, envelope: Envelope, workplace: Wo
 
 def _request(instruction: TrainInstruction) -> str:
     """Return a name for what is asked, the same when it is asked again."""
-    varying = {"attempt", "delivery", "reference_id", "run_folder"}
+    varying = {"attempt", "delivery", "reference_id", "tensors", "run_folder"}
     return hashlib.sha256(instruction.model_dump_json(exclude=varying).encode()).hexdigest()
 
 
@@ -104,6 +104,7 @@ def _train(session: Session, instruction: TrainInstruction, envelope: Envelope) 
     fetched = time.perf_counter()
     result, trained = session.train(
         received,
+        instruction.work.trained(session.layout),
         first_step=instruction.first_step,
         num_steps=session.config.train.local_steps,
         round_=instruction.round,
@@ -147,12 +148,20 @@ def evaluate(instruction: EvaluateInstruction, envelope: Envelope, workplace: Wo
 
 
 def train_alone(instruction: LocalOnlyInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
-    """Train from the first global state on the site's own data only, with the federation's steps and schedule."""
+    """Train from the first global state on the site's own data only, with the federation's steps and schedule.
+
+    The whole adapter is trained, whatever part of it the federation trains: it is what a site would do by itself.
+    """
     started = time.perf_counter()
     session = open_session(instruction, workplace)
     received = session.obtain(instruction, envelope)
     result, _ = session.train(
-        received, first_step=0, num_steps=instruction.num_steps, round_=0, title=f"{workplace.site} alone"
+        received,
+        session.layout,
+        first_step=0,
+        num_steps=instruction.num_steps,
+        round_=0,
+        title=f"{workplace.site} alone",
     )
     report = LocalOnlyReport(
         site=workplace.site,

@@ -123,7 +123,7 @@ class StrategyConfig(Section):
     """How updates become the next global adapter."""
 
     name: str = "fedavg"
-    """Recipe: `fedavg`."""
+    """Recipe, one of those in docs/strategies.md: `fedavg`, `ffa-lora`, `rolora`."""
 
     server_optimizer: Literal["sgd", "adagrad", "adam", "yogi"] = "sgd"
     """How the global adapter moves along the aggregated delta (Reddi et al., arXiv 2003.00295); `sgd` with rate 1 and no

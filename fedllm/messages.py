@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from fedllm.agreement import Agreement
 from fedllm.config import RunConfig, Scalar, read_run_config
 from fedllm.errors import TransportError, explain
+from fedllm.work import ClientWork
 
 PROTOCOL = 1
 MAX_MESSAGE_CHARS = 32 << 20
@@ -99,15 +100,20 @@ class StateInstruction(Instruction):
         state_id: Name of the state: :func:`fedllm.update.digest_arrays` of what a site decodes.
         delivery: How the site gets it: it holds it already, it draws it from the seed, it fetches it whole, or it
             fetches the difference to the state `reference_id`, which it holds.
+        tensors: Names of the tensors that are fetched, empty for all. The others are as in the state `reference_id`, or,
+            where the state is fetched whole, as in the first one.
         layout: Digest of the adapter's layout.
         base: Fingerprint that the payloads carry.
+        work: What to do with the state.
     """
 
     state_id: str
     delivery: Delivery
     reference_id: str = ""
+    tensors: tuple[str, ...] = ()
     layout: str
     base: str
+    work: ClientWork = ClientWork()
 
 
 class TrainInstruction(StateInstruction):
@@ -115,9 +121,9 @@ class TrainInstruction(StateInstruction):
 
     Attributes:
         first_step: Index of the round's first local step among all steps of the federation.
-        last_folded: The last round in which this site's update was folded, 0 for none: what it may forget.
+        last_folded: The last round of the same work in which this site's update was folded, 0 for none: what it may
+            forget.
         site_index: The site's number among the sites asked, for round-robin codecs.
-        trainable: Roles of the tensors that are trained and sent, empty for all.
     """
 
     kind: Literal["train"] = "train"
@@ -126,7 +132,6 @@ class TrainInstruction(StateInstruction):
     last_folded: int = Field(0, ge=0)
     site_index: int = Field(0, ge=0)
     first_step: int = Field(ge=0)
-    trainable: tuple[str, ...] = ()
 
 
 class TrainReport(Message):

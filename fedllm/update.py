@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,6 +87,17 @@ class Layout:
         """Tensor names in order."""
         return tuple(spec.name for spec in self.tensors)
 
+    def only(self, names: Collection[str]) -> Layout:
+        """Return the layout of some of the tensors, in the same order: what a part of an adapter travels as.
+
+        Raises:
+            LayoutError: A name is unknown.
+        """
+        wanted = set(names)
+        if unknown := sorted(wanted - self._by_name.keys()):
+            raise LayoutError(explain("the layout has no such tensor", found=", ".join(unknown[:3])))
+        return Layout(tuple(spec for spec in self.tensors if spec.name in wanted))
+
     @property
     def num_parameters(self) -> int:
         """Elements over all tensors."""
@@ -146,6 +157,11 @@ class Contribution:
     site: str
     weight: float
     metrics: Mapping[str, float]
+
+
+def taken(arrays: Mapping[str, NDArray[np.float32]], layout: Layout) -> Arrays:
+    """Return the arrays of a layout's tensors, in its order, out of arrays that hold at least those."""
+    return {name: arrays[name] for name in layout.names}
 
 
 def zeros(layout: Layout) -> Arrays:

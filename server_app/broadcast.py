@@ -8,6 +8,9 @@ error feedback). A site gets a state in one of four ways:
 - *initial*: the first state is drawn from the seed at both ends; nothing travels;
 - *difference*: it holds the state before and fetches the encoded difference;
 - *full*: it missed a state and fetches this one whole, as float32, so that it decodes the very same bits.
+
+Tensors that did not change do not travel: a difference holds those that the last round moved, and a whole state those
+that are no longer what the seed gave. With a lossy downlink, what was dropped of a tensor waits until it moves again.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fedllm.codecs.payload import encode_payload, open_payload
 from fedllm.codecs.pipeline import parse
 from fedllm.config import RunConfig
 from fedllm.messages import Delivery
 from fedllm.model.initial import initial_arrays
-from fedllm.update import Arrays, digest_arrays
+from fedllm.update import Arrays, Layout, digest_arrays, taken
 from fedllm.wire.transport import ServerTransport
 from server_app.checkpoint import RunState
 
@@ -32,10 +37,12 @@ class Package:
     Attributes:
         name: What the transport calls it.
         num_bytes: Its size.
+        tensors: Names of the tensors in it, empty for all.
     """
 
     name: str
     num_bytes: int
+    tensors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,13 +128,15 @@ class Broadcaster:
             return self.initial(state)
         path = self._folder / f"state-{state.round:05d}.payload"
         refers = self._pipeline.needs_reference
-        reference = state.sent if refers else None
+        rest = state.sent if refers else initial_arrays(state.layout, self._config.seed)
+        part = _moved(state) if refers else _different(state.params, rest, state.layout)
+        reference = taken(rest, part) if refers else None
         reference_id = digest_arrays(state.sent, state.layout) if refers else ""
         path.parent.mkdir(parents=True, exist_ok=True)
         info = encode_payload(
             path,
-            state.params,
-            state.layout,
+            taken(state.params, part),
+            part,
             kind="state",
             round_=state.round,
             base=state.agreement.base,
@@ -137,9 +146,9 @@ class Broadcaster:
             seed=self._config.seed,
         )
         self._transport.publish(path.stem, path)
-        with open_payload(path, layout=state.layout, base=state.agreement.base, reference=reference) as payload:
-            arrays = {name: payload.restore(name) for name in payload.names}
-        package = Package(path.stem, info.num_bytes)
+        with open_payload(path, layout=part, base=state.agreement.base, reference=reference) as payload:
+            arrays = rest | {name: payload.restore(name) for name in payload.names}
+        package = Package(path.stem, info.num_bytes, _named(part, state.layout))
         return Broadcast(state.round, digest_arrays(arrays, state.layout), arrays, reference_id, package)
 
     def _whole(self, broadcast: Broadcast, state: RunState) -> Package:
@@ -147,15 +156,30 @@ class Broadcaster:
         if broadcast.state_id not in self._full:
             path = self._folder / f"full-{broadcast.round:05d}.payload"
             path.parent.mkdir(parents=True, exist_ok=True)
+            part = _different(broadcast.arrays, initial_arrays(state.layout, self._config.seed), state.layout)
             info = encode_payload(
                 path,
-                broadcast.arrays,
-                state.layout,
+                taken(broadcast.arrays, part),
+                part,
                 kind="state",
                 round_=broadcast.round,
                 base=state.agreement.base,
                 pipeline="fp32",
             )
             self._transport.publish(path.stem, path)
-            self._full = {broadcast.state_id: Package(path.stem, info.num_bytes)}
+            self._full = {broadcast.state_id: Package(path.stem, info.num_bytes, _named(part, state.layout))}
         return self._full[broadcast.state_id]
+
+
+def _moved(state: RunState) -> Layout:
+    return state.layout.only(state.moved) if state.moved else state.layout
+
+
+def _different(arrays: Arrays, initial: Arrays, layout: Layout) -> Layout:
+    """Return the tensors that are not as they were drawn; all where none differs, since a package is never empty."""
+    part = layout.only([name for name in layout.names if not np.array_equal(arrays[name], initial[name])])
+    return part if part.tensors else layout
+
+
+def _named(part: Layout, layout: Layout) -> tuple[str, ...]:
+    return () if part == layout else part.names

@@ -5,7 +5,8 @@ one ``optimizer-<moment>.safetensors`` for each of the optimizer's moments, and 
 SHA-256 of every other file. It is filled under another name, brought to the disk, and renamed. All draws are derived from
 seed and round (:mod:`fedllm.rng`), so no generator's state needs to be kept.
 
-Evolution: ``state.json`` has a ``version``; a release reads the versions it knows and says so otherwise.
+Evolution: ``state.json`` has a ``version``; a release reads the versions it knows and says so otherwise. A key may be
+added where its absence has a meaning: before ``moved`` and ``optimizer_counts``, every round moved every tensor.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -24,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from fedllm.agreement import Agreement
 from fedllm.errors import CheckpointError, LayoutError, explain
 from fedllm.files import sync_folder
-from fedllm.update import Arrays, Layout, check_arrays
+from fedllm.update import Arrays, Layout, check_arrays, taken
 from strategies.slots import OptimizerState
 
 log = logging.getLogger(__name__)
@@ -45,6 +48,7 @@ class RunState:
         layout: The adapter's layout.
         target_modules: Names of the adapted modules, for PEFT's config.
         agreement: What every site holds.
+        moved: Names of the tensors that the last round moved, empty for all.
     """
 
     round: int
@@ -54,6 +58,7 @@ class RunState:
     layout: Layout
     target_modules: tuple[str, ...]
     agreement: Agreement
+    moved: tuple[str, ...] = ()
 
 
 def save_checkpoint(folder: Path, state: RunState, keep: int) -> Path:
@@ -93,6 +98,8 @@ def _write(folder: Path, state: RunState) -> None:
         "version": VERSION,
         "round": state.round,
         "optimizer_step": state.optimizer.step,
+        "optimizer_counts": dict(state.optimizer.counts),
+        "moved": list(state.moved),
         "layout": state.layout.to_json(),
         "target_modules": list(state.target_modules),
         "agreement": state.agreement.model_dump(),
@@ -132,7 +139,7 @@ def _read(folder: Path) -> RunState:
             raise ValueError(f"{name} does not match its checksum")
     layout = Layout.from_json(document["layout"])
     moments = {
-        name.removeprefix(_PREFIX).removesuffix(".safetensors"): _load(folder / name, layout)
+        name.removeprefix(_PREFIX).removesuffix(".safetensors"): _load_part(folder / name, layout)
         for name in document["files"]
         if name.startswith(_PREFIX)
     }
@@ -140,21 +147,36 @@ def _read(folder: Path) -> RunState:
         round=document["round"],
         params=_load(folder / _PARAMS, layout),
         sent=_load(folder / _SENT, layout),
-        optimizer=OptimizerState(document["optimizer_step"], moments),
+        optimizer=OptimizerState(document["optimizer_step"], moments, _counts(document, layout)),
         layout=layout,
         target_modules=tuple(document["target_modules"]),
         agreement=Agreement.model_validate(document["agreement"]),
+        moved=tuple(document.get("moved", ())),
     )
+
+
+def _counts(document: Mapping[str, Any], layout: Layout) -> dict[str, int]:
+    every_round = dict.fromkeys(layout.names, document["optimizer_step"])
+    return dict(document.get("optimizer_counts", every_round))
 
 
 def _load(path: Path, layout: Layout) -> Arrays:
     """Read arrays in the layout's order: sums over them must not depend on how a file sorts its names."""
+    return _ordered(load_file(path), layout, path)
+
+
+def _load_part(path: Path, layout: Layout) -> Arrays:
+    """Read arrays of some of the layout's tensors: moments of those that have moved."""
     arrays = load_file(path)
+    return _ordered(arrays, layout.only(arrays), path)
+
+
+def _ordered(arrays: Arrays, layout: Layout, path: Path) -> Arrays:
     try:
         check_arrays(arrays, layout, str(path))
     except LayoutError as error:
         raise ValueError(str(error)) from error
-    return {name: arrays[name] for name in layout.names}
+    return taken(arrays, layout)
 
 
 def _name(round_: int) -> str:

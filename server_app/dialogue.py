@@ -83,6 +83,7 @@ class Dialogue:
             "state_id": self._broadcast.state_id,
             "delivery": parcel.delivery,
             "reference_id": parcel.reference_id,
+            "tensors": parcel.package.tensors if parcel.package else (),
             "layout": self._state.layout.digest,
             "base": self._state.agreement.base,
         }

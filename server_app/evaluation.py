@@ -155,4 +155,5 @@ class _Poll:
         return answers
 
     def _make(self, site: str, common: Mapping[str, object]) -> StateInstruction:  # noqa: ARG002
-        return self._kind.model_validate({**common, **self._fields})
+        work = self._federation.strategy.work.at(max(1, self._state.round))
+        return self._kind.model_validate({**common, "work": work, **self._fields})

@@ -65,6 +65,7 @@ class Loop:
         roster, introduction = self.federation.roster, self._introduction()
         layout = Layout.from_json(introduction.layout)
         assert roster.agreement is not None, "gather() has settled it"
+        self.federation.strategy.work.at(1).sent(layout)  # refuses an adapter that the strategy does not fit
         arrays = initial_arrays(layout, self.federation.config.seed)
         return RunState(
             round=0,

@@ -17,7 +17,8 @@ from pathlib import Path
 from fedllm.codecs.payload import PayloadReader, open_payload
 from fedllm.errors import FedLLMError, TransportError, UpdateError, explain
 from fedllm.messages import Failure, TrainInstruction, TrainReport
-from fedllm.update import Contribution
+from fedllm.update import Contribution, Layout
+from fedllm.work import ClientWork
 from server_app.broadcast import Broadcast
 from server_app.checkpoint import RunState
 from server_app.dialogue import Dialogue
@@ -114,7 +115,8 @@ def _select(federation: Federation, round_: int, attempt: int) -> dict[str, Memb
 def _dialogue(
     federation: Federation, state: RunState, broadcast: Broadcast, order: list[str], round_: int, attempt: int
 ) -> Dialogue:
-    folded = _last_folded(federation)
+    work = federation.strategy.work.at(round_)
+    folded = _last_folded(federation, work)
 
     def make(site: str, common: Mapping[str, object]) -> TrainInstruction:
         return TrainInstruction.model_validate(
@@ -125,17 +127,19 @@ def _dialogue(
                 "last_folded": folded.get(site, 0),
                 "site_index": order.index(site),
                 "first_step": (round_ - 1) * federation.config.train.local_steps,
-                "trainable": federation.strategy.work.trainable,
+                "work": work,
             }
         )
 
     return Dialogue(federation, state, broadcast, round_, make, with_update=True)
 
 
-def _last_folded(federation: Federation) -> dict[str, int]:
-    """Return the last round in which each site's update was folded."""
+def _last_folded(federation: Federation, work: ClientWork) -> dict[str, int]:
+    """Return the last round of this work in which each site's update was folded."""
+    works = federation.strategy.work
     rounds = [event for event in federation.recorder.events if event["event"] == "round"]
-    return {site: event["round"] for event in rounds for site in event["participants"]}
+    alike = [event for event in rounds if works.at(event["round"]) == work]
+    return {site: event["round"] for event in alike for site in event["participants"]}
 
 
 def _collect(
@@ -207,7 +211,7 @@ def _checked_report(reply: Reply, site: str, round_: int) -> TrainReport:
 def _open(federation: Federation, state: RunState, path: Path, round_: int, broadcast: Broadcast) -> PayloadReader:
     return open_payload(
         path,
-        layout=state.layout,
+        layout=_sent(federation, state, round_),
         base=state.agreement.base,
         max_bytes=federation.config.transport.max_update_bytes,
         kind="update",
@@ -215,6 +219,10 @@ def _open(federation: Federation, state: RunState, path: Path, round_: int, broa
         reference_id=broadcast.state_id,
         reference=broadcast.arrays,
     )
+
+
+def _sent(federation: Federation, state: RunState, round_: int) -> Layout:
+    return federation.strategy.work.at(round_).sent(state.layout)
 
 
 def _aggregate(
@@ -225,7 +233,7 @@ def _aggregate(
     A spooled update is closed and deleted as soon as it is folded, or where the aggregation reads it again, at the end.
     """
     origin = Origin(state.round + 1, state.layout, state.params, broadcast.arrays)
-    aggregation = federation.strategy.aggregator.start(state.layout, origin)
+    aggregation = federation.strategy.aggregator.start(_sent(federation, state, state.round + 1), origin)
     with ExitStack() as kept:
         for site in sorted(accepted):
             reply = accepted[site]
@@ -240,7 +248,9 @@ def _aggregate(
             log.warning("the updates cannot be aggregated: %s", error)
             return Outcome(None, reason=str(error))
     params, optimizer = federation.strategy.optimizer.apply(state.optimizer, state.params, delta)
-    moved = replace(state, round=state.round + 1, params=params, sent=broadcast.arrays, optimizer=optimizer)
+    moved = replace(
+        state, round=state.round + 1, params=params, sent=broadcast.arrays, optimizer=optimizer, moved=tuple(delta)
+    )
     return Outcome(moved, measured)
 
 

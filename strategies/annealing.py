@@ -40,7 +40,7 @@ class Annealed:
         """Return the moved adapter and the next state."""
         moved, next_state = self.optimizer.apply(state, params, delta)
         scale = np.float64(self.scale(state.step))
-        return {name: _between(params[name], moved[name], scale) for name in params}, next_state
+        return params | {name: _between(params[name], moved[name], scale) for name in delta}, next_state
 
     def scale(self, step: int) -> float:
         """Return the scale of the step after `step` earlier ones."""

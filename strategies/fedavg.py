@@ -10,11 +10,13 @@ average of the products: see :class:`strategies.aggregators.WeightedMean`.
 from __future__ import annotations
 
 from fedllm.config import RunConfig, StrategyConfig
+from fedllm.work import ClientWork
 from strategies import optimizers
 from strategies.aggregators import WeightedMean
 from strategies.annealing import Annealed
 from strategies.samplers import UniformSampler
-from strategies.slots import ClientWork, ServerOptimizer, Strategy
+from strategies.slots import ServerOptimizer, Strategy
+from strategies.works import Always
 
 
 def fedavg(config: RunConfig) -> Strategy:
@@ -23,7 +25,7 @@ def fedavg(config: RunConfig) -> Strategy:
     return Strategy(
         name="fedavg",
         sampler=UniformSampler(config.seed, rounds.fraction, rounds.min_sites, rounds.over_selection),
-        work=ClientWork(),
+        work=Always(ClientWork()),
         aggregator=WeightedMean(),
         optimizer=build_optimizer(config),
     )

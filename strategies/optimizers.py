@@ -39,10 +39,10 @@ class Sgd:
         """Return the moved adapter and the next state."""
         if self.momentum == 0.0:
             moved = _move(params, delta, lambda _, step: self.learning_rate * step)
-            return moved, OptimizerState(state.step + 1)
+            return moved, state.after(delta)
         momentum = _blend(state, "m", delta, lambda old, step: self.momentum * old + step)
         moved = _move(params, delta, lambda name, step: self.learning_rate * self._direction(momentum[name], step))
-        return moved, OptimizerState(state.step + 1, {"m": momentum})
+        return moved, state.after(delta, {"m": momentum})
 
     def _direction(self, momentum: NDArray[np.float32], delta: Tensor) -> Tensor:
         return delta + self.momentum * momentum if self.nesterov else momentum.astype(np.float64)
@@ -59,7 +59,7 @@ class Adagrad:
         """Return the moved adapter and the next state."""
         second = _blend(state, "v", delta, lambda old, step: old + step**2)
         moved = _move(params, delta, lambda name, step: self.learning_rate * step / (_root(second[name]) + self.tau))
-        return moved, OptimizerState(state.step + 1, {"v": second})
+        return moved, state.after(delta, {"v": second})
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,17 @@ class Adam:
 
     def apply(self, state: OptimizerState, params: Arrays, delta: Arrays) -> tuple[Arrays, OptimizerState]:
         """Return the moved adapter and the next state."""
-        count = state.step + 1
         first = _blend(state, "m", delta, lambda old, step: self.beta_1 * old + (1 - self.beta_1) * step)
         second = _blend(state, "v", delta, self._second_moment)
-        scale_1, scale_2 = 1 - self.beta_1**count, 1 - self.beta_2**count
+        following = state.after(delta, {"m": first, "v": second})
 
         def step(name: str, _: Tensor) -> Tensor:
+            scale_1, scale_2 = (1 - beta ** following.counts[name] for beta in (self.beta_1, self.beta_2))
             denominator: Tensor = _root(second[name]) / np.sqrt(scale_2) + self.tau
             moved: Tensor = self.learning_rate * (first[name] / scale_1) / denominator
             return moved
 
-        return _move(params, delta, step), OptimizerState(count, {"m": first, "v": second})
+        return _move(params, delta, step), following
 
     def _second_moment(self, old: Tensor, delta: Tensor) -> Tensor:
         square = delta**2
@@ -99,15 +99,15 @@ def _root(second: NDArray[np.float32]) -> Tensor:
 
 
 def _blend(state: OptimizerState, moment: str, delta: Arrays, rule: Callable[[Tensor, Tensor], Tensor]) -> Arrays:
-    old = state.moments.get(moment) or {name: np.zeros_like(value) for name, value in delta.items()}
+    old = state.moments.get(moment, {})
     return {
-        name: rule(old[name].astype(np.float64), value.astype(np.float64)).astype(np.float32)
+        name: rule(old.get(name, np.zeros_like(value)).astype(np.float64), value.astype(np.float64)).astype(np.float32)
         for name, value in delta.items()
     }
 
 
 def _move(params: Arrays, delta: Arrays, step: Callable[[str, Tensor], Tensor]) -> Arrays:
-    return {
-        name: (value.astype(np.float64) + step(name, delta[name].astype(np.float64))).astype(np.float32)
-        for name, value in params.items()
+    return params | {
+        name: (params[name].astype(np.float64) + step(name, value.astype(np.float64))).astype(np.float32)
+        for name, value in delta.items()
     }

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, explain
 from strategies.fedavg import fedavg
+from strategies.ffa_lora import ffa_lora
+from strategies.rolora import rolora
 from strategies.slots import Strategy
 
 Recipe = Callable[[RunConfig], Strategy]
 
-RECIPES: dict[str, Recipe] = {"fedavg": fedavg}
+RECIPES: dict[str, Recipe] = {"fedavg": fedavg, "ffa-lora": ffa_lora, "rolora": rolora}
 
 
 def register(name: str, recipe: Recipe) -> None:

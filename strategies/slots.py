@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.update import Arrays, Contribution, Layout
+from fedllm.work import ClientWork
 
 Measurements = Mapping[str, float]
 """Small named numbers that a slot reports for people to look at."""
@@ -76,15 +77,11 @@ class Sampler(Protocol):
         """Return how many usable replies close a round early, of so many joined sites."""
 
 
-@dataclass(frozen=True)
-class ClientWork:
-    """What a site does in a round; travels to the site as it is.
+class WorkPlan(Protocol):
+    """What a site does in each round."""
 
-    Attributes:
-        trainable: Roles of the tensors that are trained and sent, empty for all.
-    """
-
-    trainable: tuple[str, ...] = ()
+    def at(self, round_: int) -> ClientWork:
+        """Return the work of a round, from 1; it travels to the site as it is."""
 
 
 class Aggregation(Protocol):
@@ -148,20 +145,39 @@ class Aggregator(Protocol):
 class OptimizerState:
     """What a server optimizer remembers between rounds.
 
+    A round may move some of the tensors only; what is remembered of the others stays as it is.
+
     Attributes:
         step: Rounds applied so far.
-        moments: Arrays in the layout's shapes by moment name (``"m"``, ``"v"``).
+        moments: Arrays by moment name (``"m"``, ``"v"``) and tensor, of the tensors that have moved.
+        counts: Rounds applied so far to each tensor that has moved.
     """
 
     step: int = 0
     moments: Mapping[str, Arrays] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def after(self, delta: Arrays, moments: Mapping[str, Arrays] | None = None) -> OptimizerState:
+        """Return the state after a round that moved the tensors of `delta`, with their new moments."""
+        kept = {moment: {**self.moments.get(moment, {}), **arrays} for moment, arrays in (moments or {}).items()}
+        counts = {name: self.counts.get(name, 0) + 1 for name in delta}
+        return OptimizerState(self.step + 1, kept, {**self.counts, **counts})
 
 
 class ServerOptimizer(Protocol):
     """How the global adapter moves along the aggregated delta."""
 
     def apply(self, state: OptimizerState, params: Arrays, delta: Arrays) -> tuple[Arrays, OptimizerState]:
-        """Return the moved adapter and the next state; the arguments are left as they are."""
+        """Move the tensors that `delta` holds; the arguments are left as they are.
+
+        Args:
+            state: What was remembered.
+            params: The global adapter, or the tensors of it that `delta` holds.
+            delta: The aggregated delta of some or all tensors.
+
+        Returns:
+            `params` with those tensors moved, and the next state.
+        """
 
 
 @dataclass(frozen=True)
@@ -170,6 +186,6 @@ class Strategy:
 
     name: str
     sampler: Sampler
-    work: ClientWork
+    work: WorkPlan
     aggregator: Aggregator
     optimizer: ServerOptimizer

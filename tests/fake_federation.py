@@ -41,7 +41,7 @@ from fedllm.messages import (
 )
 from fedllm.model.initial import initial_arrays
 from fedllm.records import from_records, to_records
-from fedllm.update import Arrays, Layout, TensorSpec, digest_arrays
+from fedllm.update import Arrays, Layout, TensorSpec, digest_arrays, taken
 from fedllm.wire.transport import Envelope
 
 LAYOUT = Layout(
@@ -199,11 +199,15 @@ class QuadraticSite:
         if instruction.delivery == "held" or (instruction.delivery == "difference" and reference is None):
             raise StaleStateError("not held")
         path = build_transport(envelope, None).fetch(envelope, self.folder / "state")
-        with open_payload(path, layout=LAYOUT, base=self.agreement.base, reference=reference) as payload:
-            return {name: payload.restore(name) for name in payload.names}
+        part = LAYOUT.only(instruction.tensors) if instruction.tensors else LAYOUT
+        with open_payload(path, layout=part, base=self.agreement.base, reference=reference) as payload:
+            arrays = {name: payload.restore(name) for name in payload.names}
+        return (reference or initial_arrays(LAYOUT, 42)) | arrays
 
-    def moved(self, state: Arrays) -> Arrays:
-        return {name: state[name] + np.float32(self.rate) * (self.optimum[name] - state[name]) for name in state}
+    def moved(self, state: Arrays, part: Layout = LAYOUT) -> Arrays:
+        return state | {
+            name: state[name] + np.float32(self.rate) * (self.optimum[name] - state[name]) for name in part.names
+        }
 
     def score(self, state: Arrays) -> Score:
         loss = sum(float(np.sum((state[name] - self.optimum[name]) ** 2)) / 2 for name in state)
@@ -211,7 +215,7 @@ class QuadraticSite:
 
     def train(self, instruction: TrainInstruction, envelope: Envelope) -> tuple[AnyMessage, Envelope | None]:
         state = self.fetch(instruction, envelope)
-        moved = self.moved(state)
+        moved = self.moved(state, instruction.work.trained(LAYOUT))
         delta = {name: moved[name] - state[name] for name in state}
         return self.report(instruction, state), self.push(instruction, envelope, delta)
 
@@ -230,12 +234,12 @@ class QuadraticSite:
         return TrainReport.model_validate({**fields, **changes})
 
     def push(self, instruction: TrainInstruction, envelope: Envelope, delta: Arrays, **changes: Any) -> Envelope:
-        path = self.folder / "update"
+        path, part = self.folder / "update", instruction.work.sent(LAYOUT)
         fields = {"round_": instruction.round, "base": self.agreement.base, "reference_id": instruction.state_id}
         encode_payload(
             path,
-            delta,
-            LAYOUT,
+            taken(delta, part),
+            part,
             kind="update",
             pipeline=instruction.read_config().transport.uplink,
             is_difference=True,

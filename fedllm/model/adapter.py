@@ -6,6 +6,7 @@ the same base and spec give the same layout everywhere.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,19 @@ def write_adapter(model: PeftModel, layout: Layout, arrays: Arrays) -> None:
     with torch.no_grad():
         for name in layout.names:
             values[name].copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+
+
+@contextlib.contextmanager
+def only_trainable(model: PeftModel, part: Layout) -> Iterator[None]:
+    """Let gradients reach these tensors of the adapter only; afterwards all of them again."""
+    parameters = dict(_parameters(model))
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in part)
+        yield
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
 
 
 def adapter_target_modules(model: PeftModel) -> list[str]:

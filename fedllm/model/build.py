@@ -36,7 +36,14 @@ from transformers import (
 
 from fedllm.errors import ModelError, explain
 from fedllm.model import cache, fingerprint
-from fedllm.model.adapter import adapter_target_modules, attach_adapter, layout_of, read_adapter, write_adapter
+from fedllm.model.adapter import (
+    adapter_target_modules,
+    attach_adapter,
+    layout_of,
+    only_trainable,
+    read_adapter,
+    write_adapter,
+)
 from fedllm.model.quantize import assemble, stored_tensors
 from fedllm.model.source import BaseFiles, resolve
 from fedllm.model.spec import BaseSpec, LoraSpec
@@ -48,6 +55,7 @@ __all__ = [
     "cached_base",
     "layout_of",
     "load_base",
+    "only_trainable",
     "read_adapter",
     "write_adapter",
 ]

@@ -45,7 +45,7 @@ def test_a_server_optimizer_moves_as_torch_does(name: str) -> None:
 def test_rate_one_without_momentum_is_fedavg() -> None:
     params, delta = random_arrays(0), random_arrays(1)
     moved, state = Sgd().apply(OptimizerState(), params, delta)
-    assert state == OptimizerState(step=1)
+    assert state == OptimizerState(step=1, counts=dict.fromkeys(params, 1))
     for name, value in moved.items():
         expected = (params[name].astype(np.float64) + delta[name]).astype(np.float32)
         np.testing.assert_array_equal(value, expected)
@@ -85,3 +85,24 @@ def test_every_configured_optimizer_can_be_built(name: str) -> None:
     moved, _ = built.apply(OptimizerState(), random_arrays(0), random_arrays(1))
     assert any(not np.array_equal(moved[key], random_arrays(0)[key]) for key in moved)
     assert getattr(built, "yogi", False) == (name == "yogi")
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_tensor_that_is_not_sent_keeps_its_moments_and_its_count(name: str) -> None:
+    """torch.optim passes over parameters without a gradient: moments, and the steps of the bias correction, stay."""
+    ours, build = TWINS[name]
+    params = random_arrays(0)
+    twins = {key: torch.tensor(value, dtype=torch.float64, requires_grad=True) for key, value in params.items()}
+    torch_optimizer = build(list(twins.values()))
+    state = OptimizerState()
+    for round_, sent in enumerate(["b", "a", "b", "b", "a", "ab", "a"], 1):
+        delta = {key: value for key, value in random_arrays(round_, 0.1).items() if key in sent}
+        before = params
+        params, state = ours.apply(state, params, delta)
+        assert all(np.array_equal(params[key], before[key]) for key in params if key not in sent)
+        for key, twin in twins.items():
+            twin.grad = -torch.tensor(delta[key], dtype=torch.float64) if key in sent else None
+        torch_optimizer.step()
+    assert (state.step, state.counts) == (7, {"a": 4, "b": 4})
+    for key, twin in twins.items():
+        np.testing.assert_allclose(params[key], twin.detach().numpy(), rtol=2e-5, atol=2e-6)

@@ -20,10 +20,13 @@ def state(round_: int) -> RunState:
         round=round_,
         params=random_arrays(round_),
         sent=random_arrays(50 + round_),
-        optimizer=OptimizerState(round_, {"m": random_arrays(100 + round_), "v": random_arrays(200 + round_)}),
+        optimizer=OptimizerState(
+            round_, {"m": random_arrays(100 + round_), "v": random_arrays(200 + round_)}, {"a": round_, "b": 1}
+        ),
         layout=LAYOUT,
         target_modules=("q_proj", "v_proj"),
         agreement=AGREEMENT,
+        moved=("b",),
     )
 
 
@@ -35,7 +38,8 @@ def assert_equal(found: RunState | None, expected: RunState) -> None:
         expected.target_modules,
         expected.agreement,
     )
-    assert found.optimizer.step == expected.optimizer.step
+    assert (found.optimizer.step, found.optimizer.counts) == (expected.optimizer.step, expected.optimizer.counts)
+    assert found.moved == expected.moved
     pairs = [(found.params, expected.params), (found.sent, expected.sent)]
     pairs += [(found.optimizer.moments[key], expected.optimizer.moments[key]) for key in ("m", "v")]
     for ours, theirs in pairs:

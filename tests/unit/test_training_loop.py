@@ -20,7 +20,7 @@ from peft import PeftModel
 from client_app.training import StepReport, TrainPlan, TrainResult, train
 from fedllm.data.sequences import Sequence
 from fedllm.errors import CancelledError, ConfigError, DataError, TrainingError
-from fedllm.model.build import attach_adapter, layout_of, read_adapter, write_adapter
+from fedllm.model.build import attach_adapter, layout_of, only_trainable, read_adapter, write_adapter
 from fedllm.model.evaluate import evaluate_loss
 from fedllm.model.initial import initial_arrays
 from fedllm.model.spec import LoraSpec
@@ -75,6 +75,21 @@ def for_ever(sequences: list[Sequence], size: int) -> Iterator[list[Sequence]]:
 
 def with_(plan: TrainPlan, **changes: Any) -> TrainPlan:
     return dataclasses.replace(plan, **changes)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("role", ["lora_A", "lora_B"])
+def test_a_factor_that_is_not_trained_keeps_every_bit(role: str, optimizer: str, folder: Path) -> None:
+    model = fresh(folder)
+    layout = layout_of(model)
+    part = layout.only([spec.name for spec in layout.tensors if spec.role == role])
+    plan = with_(PLAN, steps=2, total_steps=2, optimizer=optimizer, weight_decay=0.1)
+    with only_trainable(model, part):
+        moved, _ = change(model, [TEXT, TEXT], plan)
+    for spec in layout.tensors:
+        assert bool(moved[spec.name].any()) == (spec.role == role)
+    moved, _ = change(model, [TEXT, TEXT], plan)
+    assert all(delta.any() for delta in moved.values()), "all are trainable again"
 
 
 def test_accumulated_micro_batches_have_the_gradient_of_one_batch(folder: Path) -> None:

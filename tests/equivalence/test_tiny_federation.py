@@ -1,0 +1,72 @@
+"""Strategies with real sites on a tiny real model: what is trained, what travels, what stays bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fedllm.model.initial import initial_arrays
+from fedllm.runs import RunFolder
+from fedllm.update import Arrays
+from server_app.checkpoint import load_latest
+from tests.tiny_federation import run_tiny, tiny_home
+from tests.unit.test_loop import events, params
+
+__all__ = ["tiny_home"]
+
+
+def first(folder: RunFolder) -> Arrays:
+    """Return the adapter that the run started from."""
+    state = load_latest(folder.checkpoints)
+    assert state is not None
+    return initial_arrays(state.layout, 42)
+
+
+def changed(folder: RunFolder) -> set[str]:
+    """Return the roles of which any tensor moved."""
+    start, end = first(folder), params(folder)
+    return {name.split(".")[-2] for name in start if not np.array_equal(start[name], end[name])}
+
+
+def losses(folder: RunFolder) -> list[float]:
+    return [event["loss"] for event in events(folder, "evaluation")]
+
+
+def test_ffa_lora_learns_and_leaves_every_bit_of_a(tiny_home: Path) -> None:
+    folder = run_tiny(tiny_home, **{"strategy.name": "ffa-lora"})
+    assert changed(folder) == {"lora_B"}
+    assert losses(folder)[-1] < losses(folder)[0] - 0.05
+
+
+def test_rolora_trains_one_factor_a_round(tiny_home: Path) -> None:
+    start = run_tiny(tiny_home, name="one", num_rounds=1, **{"strategy.name": "rolora"})
+    assert changed(start) == {"lora_B"}
+    both = run_tiny(tiny_home, name="two", num_rounds=2, **{"strategy.name": "rolora", "train.schedule": "constant"})
+    assert changed(both) == {"lora_A", "lora_B"}
+    assert losses(both)[2] < losses(both)[1] < losses(both)[0]
+
+
+def test_half_of_the_bytes_travel(tiny_home: Path) -> None:
+    sizes = {}
+    for name in ("fedavg", "ffa-lora", "rolora"):
+        lossless = {"transport.uplink": "fp32", "transport.downlink": "delta|fp32"}
+        folder = run_tiny(tiny_home, name=name, **lossless, **{"strategy.name": name})
+        up = [event["bytes_up"] for event in events(folder, "round")]
+        down = [event["bytes_down"] for event in events(folder, "evaluation")][1:]
+        sizes[name] = sum(up) + sum(down)
+    assert 0.4 < sizes["ffa-lora"] / sizes["fedavg"] < 0.6
+    assert 0.45 < sizes["rolora"] / sizes["fedavg"] < 0.55
+
+
+def test_error_feedback_keeps_a_residual_for_each_factor(tiny_home: Path) -> None:
+    sparse = {"transport.uplink": "delta|topk:0.1|fp32|rice", "num_rounds": 4}
+    folder = run_tiny(tiny_home, **{"strategy.name": "rolora", **sparse})
+    kept = sorted(path.name for path in (folder.path / "sites" / "site-0").glob("round-*.residual-*"))
+    by_part: dict[str, list[int]] = {}
+    for name in kept:
+        round_, _, digest = name.partition(".residual-")
+        by_part.setdefault(digest, []).append(int(round_.removeprefix("round-")))
+    assert sorted(by_part.values()) == [[1, 3], [2, 4]]
+    norms = [event["sites"]["site-0"]["residual_norm"] for event in events(folder, "round")]
+    assert all(0 < norm < 10 for norm in norms)
