@@ -4,8 +4,8 @@
 Flower's simulation for two rounds, and loads the base in fresh processes with an empty and with a filled cache.
 
 Keys: ``round_s`` (median over rounds), ``phases`` (seconds by phase, medians), ``bytes_up`` and ``bytes_down`` (payload
-bytes of one round), ``base_load_cold_s``, ``base_load_cached_s`` (medians, imports excluded), ``base_load_speedup``,
-``server_peak_rss_bytes`` (the process that runs the ServerApp and drives Ray).
+bytes of a round and its evaluation, mean over rounds), ``base_load_cold_s``, ``base_load_cached_s`` (medians, imports
+excluded), ``base_load_speedup``, ``server_peak_rss_bytes`` (the process that runs the ServerApp and drives Ray).
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def measure_rounds(num_rounds: int, local_steps: int) -> dict[str, object]:
     return {
         "round_s": statistics.median(event["seconds"] for event in rounds) + phases["evaluate"],
         "phases": phases,
-        "bytes_up": rounds[0]["bytes_up"],
-        "bytes_down": rounds[0]["bytes_down"],
+        "bytes_up": sum(event["bytes_up"] for event in rounds) / num_rounds,
+        "bytes_down": sum(event["bytes_down"] for event in rounds + evaluations) / num_rounds,
         "server_peak_rss_bytes": end["peak_rss_bytes"],
     }
 

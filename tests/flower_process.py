@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,10 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).parents[1]
+RAY_WAS_TOO_SLOW = "The current node timed out during startup"
+"""What Ray says where a busy machine let its 30 seconds pass; it cannot be given more."""
+
+RAY_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Flower:
     environment: Mapping[str, str]
     port: int
 
-    def start(self, config: Mapping[str, object], num_sites: int) -> subprocess.Popen[str]:
+    def start(self, config: Mapping[str, object], num_sites: int, *, cpus_per_site: int = 2) -> subprocess.Popen[str]:
         """Call `flwr run --stream` and return at once."""
         settings = " ".join(f"{key}={_toml(value)}" for key, value in config.items())
         command = [
@@ -45,7 +50,7 @@ class Flower:
             "--run-config",
             settings,
             "--federation-config",
-            f"num-supernodes={num_sites} client-resources-num-cpus=2 init-args-num-cpus=2",
+            f"num-supernodes={num_sites} client-resources-num-cpus={cpus_per_site} init-args-num-cpus=2",
         ]
         return subprocess.Popen(
             command,
@@ -56,9 +61,20 @@ class Flower:
             text=True,
         )
 
-    def run(self, config: Mapping[str, object], num_sites: int, timeout_s: float = 300) -> str:
-        """Call `flwr run --stream`, wait for its end, and return what it printed."""
-        process = self.start(config, num_sites)
+    def run(
+        self, config: Mapping[str, object], num_sites: int, timeout_s: float = 300, *, cpus_per_site: int = 2
+    ) -> str:
+        """Call `flwr run --stream`, wait for its end, and return what it printed; again where Ray was too slow to start."""
+        for _ in range(RAY_ATTEMPTS - 1):
+            output = self._run_once(config, num_sites, timeout_s, cpus_per_site)
+            if RAY_WAS_TOO_SLOW not in output:
+                return output
+            if "resume" not in config:
+                shutil.rmtree(self.folder / "runs" / str(config["name"]), ignore_errors=True)
+        return self._run_once(config, num_sites, timeout_s, cpus_per_site)
+
+    def _run_once(self, config: Mapping[str, object], num_sites: int, timeout_s: float, cpus_per_site: int) -> str:
+        process = self.start(config, num_sites, cpus_per_site=cpus_per_site)
         try:
             return process.communicate(timeout=timeout_s)[0]
         except subprocess.TimeoutExpired:
@@ -69,12 +85,19 @@ class Flower:
         """Return the processes that run a ServerApp (in simulation: and Ray's driver) under this home's SuperLink."""
         return [process for process in self._descendants() if "flwr-simulation" in " ".join(_command(process))]
 
-    def kill_server(self) -> None:
-        """SIGKILL the server's process, and then what Ray leaves behind of it."""
+    def server_family(self) -> list[psutil.Process]:
+        """Return the server's processes, and behind them what Ray runs for them."""
         servers = self.server_processes()
         assert servers, "no server process is running"
-        children = [child for server in servers for child in server.children(recursive=True)]
-        for process in [*servers, *children]:
+        return [*servers, *(child for server in servers for child in server.children(recursive=True))]
+
+    def kill_server(self, family: list[psutil.Process] | None = None) -> None:
+        """SIGKILL the server's process, and then what Ray leaves behind of it.
+
+        Args:
+            family: What :meth:`server_family` returned before, since looking for it takes a tenth of a second.
+        """
+        for process in family or self.server_family():
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
 

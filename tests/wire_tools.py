@@ -116,6 +116,7 @@ class ChaosProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.num_connections = 0
+        self._is_down = False
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -132,10 +133,22 @@ class ChaosProxy:
         for pair in self._pairs:
             _reset(*pair)
 
+    def go_down(self) -> None:
+        """Reset all connections and every new one."""
+        self._is_down = True
+        self.cut()
+
+    def come_up(self) -> None:
+        """Relay new connections again."""
+        self._is_down = False
+
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
+                if self._is_down:
+                    _reset(near)
+                    continue
                 try:
                     far = socket.create_connection(("127.0.0.1", self.target))
                 except OSError:

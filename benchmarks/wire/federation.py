@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.wire.adapter import encode, layout_of, open_update
-from fedllm.update import Contribution
+from fedllm.update import Contribution, zeros
 from fedllm.wire.client import UpdateClient
 from fedllm.wire.server import UpdateServer
 from fedllm.wire.spool import Spool
@@ -25,6 +25,7 @@ from fedllm.wire.stream import StreamClientTransport, StreamServerTransport
 from fedllm.wire.ticket import TicketKey
 from fedllm.wire.transport import Envelope
 from strategies.aggregators import WeightedMean
+from strategies.slots import Origin
 
 STATE = "state"
 MAX_UPDATE_BYTES = 1 << 32
@@ -48,6 +49,8 @@ class Federation:
         self, folder: Path, megabytes: int, num_clients: int, num_processes: int, *, downlink: str, uplink: str
     ) -> None:
         self.layout = layout_of(megabytes)
+        state = zeros(self.layout)
+        self._origin = Origin(1, self.layout, state, state)
         self._state = encode(folder / "state.payload", self.layout, kind="state", pipeline=downlink, seed=0)
         spool = Spool(folder / "spool")
         server = UpdateServer(spool, TicketKey.generate(), "benchmark", ports="0", insecure=True)
@@ -94,7 +97,7 @@ class Federation:
         return max(end for _, end in spans) - min(start for start, _ in spans)
 
     def _aggregate(self, replies: Mapping[str, Envelope]) -> None:
-        aggregation = WeightedMean().start(self.layout, {})
+        aggregation = WeightedMean().start(self.layout, self._origin)
         for site in sorted(replies):
             path = self.transport.receive(round_=1, site=site, reply=replies[site])
             with open_update(path, self.layout) as payload:
