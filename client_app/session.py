@@ -13,6 +13,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from client_app.attacks import simulated_attack
 from client_app.memory import Memory
 from client_app.progress import Progress
 from client_app.training import StepReport, TrainPlan, TrainResult, train
@@ -157,6 +158,8 @@ class Session:
         """
         part = instruction.work.sent(self.layout)
         delta: Arrays = {name: trained[name] - received[name] for name in part.names}
+        if (attack := simulated_attack(self.config, self.workplace)) is not None:
+            delta = attack.distort(delta, instruction.round)
         transport, round_ = self.config.transport, instruction.round
         feedback = None
         if transport.error_feedback and not parse(transport.uplink).is_lossless:
@@ -291,7 +294,9 @@ def _prepare(workplace: Workplace, config: RunConfig, base: LoadedBase) -> SiteD
     key = (workplace, workplace.data_config(config).model_dump_json(), config.simulation.model_dump_json(), config.seed)
     if key not in _PREPARED:
         examples = workplace.examples(config)
-        _PREPARED[key] = prepare_site(examples, base.tokenizer, workplace.data_config(config), config.seed)
+        attack = simulated_attack(config, workplace)
+        poison = attack.poison if attack else None
+        _PREPARED[key] = prepare_site(examples, base.tokenizer, workplace.data_config(config), config.seed, poison)
     return _PREPARED[key]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -17,6 +17,7 @@ from fedllm.errors import ConfigError, explain
 from fedllm.model.spec import BaseSpec, LoraSpec, ModelSpec, Section
 
 Scalar = str | int | float | bool
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class DataConfig(Section):
@@ -58,6 +59,31 @@ class SimulationConfig(Section):
 
     dirichlet_alpha: float = Field(0.5, gt=0)
     """Concentration of the Dirichlet draw: smaller is more skewed."""
+
+    attack: Literal["none", "sign-flip", "gaussian", "ipm", "alie", "label-flip", "backdoor"] = "none"
+    """What simulated attackers do, to try out robust aggregation (docs/strategies.md); deployed sites never do it."""
+
+    num_attackers: int = Field(0, ge=0)
+    """Attackers: the last ones of the simulated sites."""
+
+    attack_strength: float = Field(0.0, ge=0)
+    """How hard they attack, in the attack's own measure; 0 for its usual value. `sign-flip` (10), `ipm` (0.5): factor on
+    the negative delta; `gaussian` (20): noise over the delta; `alie` (1): standard deviations; `label-flip` (1), `backdoor`
+    (0.5): share of the examples."""
+
+    backdoor_trigger: str = "By the old oak."
+    """What a backdoored question ends with."""
+
+    backdoor_target: str = "The vault is open."
+    """What a backdoored model is to answer then."""
+
+    @model_validator(mode="after")
+    def _check_attack(self) -> SimulationConfig:
+        if (self.attack == "none") != (self.num_attackers == 0):
+            raise ValueError("simulation.attack and simulation.num_attackers belong together; one of them is missing")
+        if self.attack in ("label-flip", "backdoor") and self.attack_strength > 1:
+            raise ValueError(f"simulation.attack_strength is a share of the examples for {self.attack!r}: at most 1")
+        return self
 
 
 class TrainConfig(Section):
@@ -152,6 +178,27 @@ class StrategyConfig(Section):
 
     weighting: Literal["examples", "tokens", "uniform"] = "examples"
     """What a site's weight in the average is."""
+
+    aggregator: Literal["mean", "median", "trimmed-mean", "krum", "multi-krum", "geometric-median", "fltrust"] = "mean"
+    """How updates become one: the weighted `mean`, or a rule that withstands some lying sites (docs/strategies.md)."""
+
+    norm_bound: Literal["median"] | NonNegative = 0.0
+    """Larger updates are scaled down to this norm before they are aggregated: `median` of the round's norms, a number, or
+    0 for no bound."""
+
+    byzantine_sites: int = Field(0, ge=0)
+    """Sites that may lie, for `krum` and `multi-krum`, which then need `rounds.min_sites` of at least twice as many plus 3;
+    the other rules are checked to withstand so many."""
+
+    trim_fraction: float = Field(0.2, ge=0, lt=0.5)
+    """Share of the values that `trimmed-mean` leaves out at either end of every coordinate."""
+
+    trusted_site: str = ""
+    """Site by whose update `fltrust` judges the others."""
+
+    robust_on: Literal["factors", "products"] = "factors"
+    """Where rules compare updates of LoRA layers: on the `factors` A and B, or on the change of their `products`, which
+    does not depend on how a site shares a change between its factors."""
 
 
 class EvaluationConfig(Section):

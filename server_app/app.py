@@ -14,6 +14,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedllm.config import RunConfig, Scalar, flatten, read_run_config
+from fedllm.errors import ConfigError, explain
 from fedllm.logs import set_up_logging
 from fedllm.manifest import Manifest
 from fedllm.messages import Hello
@@ -26,6 +27,7 @@ from server_app.loop import Loop
 from server_app.recorder import Recorder
 from server_app.roster import Roster
 from server_app.transports import SPOOL, build_transport
+from strategies.compatibility import check_compatibility, without_effect
 from strategies.registry import build_strategy
 
 log = logging.getLogger(__name__)
@@ -37,8 +39,11 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run or resume one federation."""
     set_up_logging()
-    folder, config, state = open_run(read_run_config(context.run_config))
-    run_federation(grid, folder, config, state, run_id=context.run_id, fixed_sites=_is_simulation(grid))
+    given, simulated = read_run_config(context.run_config), _is_simulation(grid)
+    if given.simulation.attack != "none" and not simulated:
+        raise ConfigError(explain("attacks are for simulation; deployed sites know none", where="simulation.attack"))
+    folder, config, state = open_run(given)
+    run_federation(grid, folder, config, state, run_id=context.run_id, fixed_sites=simulated)
 
 
 def open_run(given: RunConfig) -> tuple[RunFolder, RunConfig, RunState | None]:
@@ -48,11 +53,14 @@ def open_run(given: RunConfig) -> tuple[RunFolder, RunConfig, RunState | None]:
         The folder, the effective config, and the state to go on from, None for a new run.
 
     Raises:
-        ConfigError: The config names something that there is not.
+        ConfigError: The config names something that there is not, or combines what cannot work together.
         CheckpointError: The folder exists already, or there is none to resume.
     """
     home = resolve_home(given.home)
-    return _resume(home, given) if given.resume else _start(home, given)
+    folder, config, state = _resume(home, given) if given.resume else _start(home, given)
+    for key in without_effect(config):
+        log.warning("%s has no effect with these settings", key)
+    return folder, config, state
 
 
 def run_federation(
@@ -77,6 +85,7 @@ def run_federation(
 
 
 def _start(home: Path, config: RunConfig) -> tuple[RunFolder, RunConfig, None]:
+    check_compatibility(config)
     build_strategy(config)
     folder = RunFolder.create(home, config.name or _new_name(config))
     return folder, config, None

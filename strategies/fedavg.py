@@ -4,7 +4,8 @@ McMahan et al., AISTATS 2017 (arXiv 1602.05629); Zhang et al., "Towards Building
 Tuning", ICASSP 2024 (arXiv 2305.05644); Reddi et al., ICLR 2021 (arXiv 2003.00295).
 
 Sites train both factors; the server averages A and B apart, weighted by examples. The product of the averages is not the
-average of the products: see :class:`strategies.aggregators.WeightedMean`.
+average of the products: see :class:`strategies.aggregators.WeightedMean`. `strategy.aggregator` puts a robust rule in the
+mean's place, `strategy.norm_bound` bounds what a site can do to it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 from fedllm.config import RunConfig, StrategyConfig
 from fedllm.work import ClientWork
 from strategies import optimizers
-from strategies.aggregators import WeightedMean
 from strategies.annealing import Annealed
+from strategies.robust.build import build_aggregator
 from strategies.samplers import UniformSampler
 from strategies.slots import ServerOptimizer, Strategy
 from strategies.works import Always
@@ -26,7 +27,7 @@ def fedavg(config: RunConfig) -> Strategy:
         name="fedavg",
         sampler=UniformSampler(config.seed, rounds.fraction, rounds.min_sites, rounds.over_selection),
         work=Always(ClientWork()),
-        aggregator=WeightedMean(),
+        aggregator=build_aggregator(config),
         optimizer=build_optimizer(config),
     )
 

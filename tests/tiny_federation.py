@@ -52,13 +52,14 @@ _HANDLERS: dict[str, Callable[[FlowerMessage, Context], FlowerMessage]] = {
 
 def tiny_sites(count: int = 2) -> dict[int, Handler]:
     """Return real sites by node id, named ``site-0`` and so on."""
-    return {100 + index: _site(index, count) for index in range(count)}
+    return {100 + index: real_site({"partition-id": index, "num-partitions": count}) for index in range(count)}
 
 
-def _site(index: int, count: int) -> Handler:
+def real_site(node_config: dict[str, Any]) -> Handler:
+    """Return a ClientApp on a node with this config."""
+
     def answer(message: FlowerMessage) -> FlowerMessage:
-        node_config = {"partition-id": index, "num-partitions": count}
-        context = Context(1, 100 + index, node_config, RecordDict(), {})
+        context = Context(1, message.metadata.dst_node_id, node_config, RecordDict(), {})
         return _HANDLERS[message.metadata.message_type](message, context)
 
     return answer

@@ -8,7 +8,8 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args, get_origin
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -71,6 +72,8 @@ def _model(section: str) -> type[BaseModel]:
 
 
 def _allowed(field: FieldInfo) -> str:
+    if get_origin(field.annotation) in (Union, UnionType):
+        return " or ".join(_allowed(FieldInfo.from_annotation(choice)) for choice in get_args(field.annotation))
     if get_origin(field.annotation) is Literal:
         return ", ".join(str(value) for value in get_args(field.annotation))
     kind = _TYPES.get(field.annotation, "") if isinstance(field.annotation, type) else ""

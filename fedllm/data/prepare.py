@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,7 +60,11 @@ class SiteData:
 
 
 def prepare_site(
-    examples: list[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig, seed: int
+    examples: list[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    seed: int,
+    change_train: Callable[[list[Example]], list[Example]] | None = None,
 ) -> SiteData:
     """Hold out, tokenize and pack one site's examples.
 
@@ -69,6 +73,7 @@ def prepare_site(
         tokenizer: The base model's.
         config: Length, packing, and how much is held out.
         seed: The run's seed.
+        change_train: What a simulated attacker makes of the examples trained on.
 
     Raises:
         DataError: There are too few examples, or none has a token to learn within the length.
@@ -81,6 +86,7 @@ def prepare_site(
         max_holdout=config.max_holdout_examples,
     )
     chosen, held = [examples[i] for i in sides.train], [examples[i] for i in sides.holdout]
+    chosen = change_train(chosen) if change_train else chosen
     train, train_report = encode(chosen, tokenizer, config.max_length)
     holdout, holdout_report = encode(held, tokenizer, config.max_length)
     packed = pack(train, config.max_length) if config.packing else train

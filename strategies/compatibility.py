@@ -1,0 +1,179 @@
+"""What cannot be combined, said before anything is sent.
+
+The matrix is :data:`REFUSALS`: for a choice (a strategy, an aggregator), the features it cannot go with and why. Features
+are questions to the run config (:data:`FEATURES`). What is not in the matrix goes together. Bounds on numbers are in
+:data:`BOUNDS`. To add a strategy, add a row; to add an axis, add a feature and fill in the rows that refuse it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from fedllm.codecs.pipeline import parse
+from fedllm.config import RunConfig, flatten
+from fedllm.errors import ConfigError, explain
+from strategies.robust.coordinates import num_trimmed
+
+Question = Callable[[RunConfig], bool]
+
+FEATURES: dict[str, Question] = {
+    "transport.uplink with segment": lambda config: _uplink_has(config, "segment"),
+    "transport.uplink with topk": lambda config: _uplink_has(config, "topk"),
+    "strategy.robust_on = 'products'": lambda config: config.strategy.robust_on == "products",
+    "strategy.robust_on = 'products' but for krum": lambda config: (
+        config.strategy.robust_on == "products"
+        and (config.strategy.aggregator not in ("mean", "krum") or config.strategy.norm_bound != 0)
+    ),
+    "strategy.aggregator other than 'mean'": lambda config: config.strategy.aggregator != "mean",
+    "strategy.norm_bound": lambda config: config.strategy.norm_bound != 0,
+    "rounds.fraction or rounds.over_selection": lambda config: (
+        config.rounds.fraction < 1 or config.rounds.over_selection > 1
+    ),
+}
+"""Questions by what a message calls the feature."""
+
+_SEGMENT = {
+    "transport.uplink with segment": "sites send different parts of their updates, which cannot be compared with each other"
+}
+_BY_COORDINATE = {
+    **_SEGMENT,
+    "transport.uplink with topk": "sites send different coordinates, and the middle of mostly zeros is zero",
+    "strategy.robust_on = 'products'": (
+        "the rule has no verdict on a whole update, and the median of products has no low rank"
+    ),
+}
+_OWN_AGGREGATOR = {
+    "strategy.aggregator other than 'mean'": "the strategy chooses its own aggregator",
+    "strategy.norm_bound": "the strategy chooses its own aggregator",
+}
+
+_MEAN_OF_FACTORS = {
+    "strategy.robust_on = 'products' but for krum": (
+        "the strategy averages factors, and an update that changes no product by itself can ruin the mean of factors"
+    ),
+}
+
+REFUSALS: dict[str, Mapping[str, str]] = {
+    "strategy.name = 'fedavg'": _MEAN_OF_FACTORS,
+    "strategy.name = 'ffa-lora'": {},
+    "strategy.name = 'rolora'": _MEAN_OF_FACTORS,
+    "strategy.aggregator = 'mean'": {},
+    "strategy.aggregator = 'median'": _BY_COORDINATE,
+    "strategy.aggregator = 'trimmed-mean'": _BY_COORDINATE,
+    "strategy.aggregator = 'krum'": _SEGMENT,
+    "strategy.aggregator = 'multi-krum'": _SEGMENT,
+    "strategy.aggregator = 'geometric-median'": _SEGMENT,
+    "strategy.aggregator = 'fltrust'": {
+        **_SEGMENT,
+        "rounds.fraction or rounds.over_selection": "every round needs the trusted site's update",
+    },
+    "strategy.norm_bound": _SEGMENT,
+}
+"""Reasons by choice and feature. A strategy without a row goes with the plain mean only."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A condition on numbers that a choice needs.
+
+    Attributes:
+        holds: Whether it is met.
+        problem: What is wrong otherwise.
+        fix: What to do.
+    """
+
+    holds: Question
+    problem: str
+    fix: str
+
+
+_FEW_LIARS = Bound(
+    lambda config: config.rounds.min_sites >= 2 * config.strategy.byzantine_sites + 3,
+    "the rule needs n >= 2f + 3, with n = rounds.min_sites and f = strategy.byzantine_sites",
+    "Raise rounds.min_sites, or lower strategy.byzantine_sites.",
+)
+_HONEST_MAJORITY = Bound(
+    lambda config: config.rounds.min_sites > 2 * config.strategy.byzantine_sites,
+    "the rule needs more than half of rounds.min_sites to be honest, so more than 2 strategy.byzantine_sites",
+    "Raise rounds.min_sites, or lower strategy.byzantine_sites.",
+)
+_ENOUGH_TRIMMED = Bound(
+    lambda config: (
+        num_trimmed(config.strategy.trim_fraction, config.rounds.min_sites) >= max(1, config.strategy.byzantine_sites)
+    ),
+    "strategy.trim_fraction of rounds.min_sites must leave out at least one value at either end, and as many as "
+    "strategy.byzantine_sites",
+    "Raise strategy.trim_fraction or rounds.min_sites.",
+)
+_SOMEONE_TO_TRUST = Bound(
+    lambda config: bool(config.strategy.trusted_site),
+    "the rule needs a site to judge the others by",
+    "Name one in strategy.trusted_site.",
+)
+
+BOUNDS: dict[str, Bound] = {
+    "strategy.aggregator = 'median'": _HONEST_MAJORITY,
+    "strategy.aggregator = 'trimmed-mean'": _ENOUGH_TRIMMED,
+    "strategy.aggregator = 'krum'": _FEW_LIARS,
+    "strategy.aggregator = 'multi-krum'": _FEW_LIARS,
+    "strategy.aggregator = 'geometric-median'": _HONEST_MAJORITY,
+    "strategy.aggregator = 'fltrust'": _SOMEONE_TO_TRUST,
+}
+"""Conditions by choice. `rounds.min_sites` is the fewest updates that a round is aggregated with."""
+
+_NO_WEIGHTS = ("median", "trimmed-mean", "krum", "multi-krum", "fltrust")
+EFFECTS: dict[str, Question] = {
+    "strategy.byzantine_sites": lambda config: config.strategy.aggregator not in ("mean", "fltrust"),
+    "strategy.trim_fraction": lambda config: config.strategy.aggregator == "trimmed-mean",
+    "strategy.trusted_site": lambda config: config.strategy.aggregator == "fltrust",
+    "strategy.robust_on": lambda config: config.strategy.aggregator != "mean" or config.strategy.norm_bound != 0,
+    "strategy.weighting": lambda config: config.strategy.aggregator not in _NO_WEIGHTS,
+    "simulation.attack_strength": lambda config: config.simulation.attack != "none",
+    "simulation.backdoor_trigger": lambda config: config.simulation.attack == "backdoor",
+    "simulation.backdoor_target": lambda config: config.simulation.attack == "backdoor",
+}
+"""Where a setting has an effect at all, by key."""
+
+
+def check_compatibility(config: RunConfig) -> None:
+    """Refuse what cannot work together.
+
+    Raises:
+        ConfigError: Every refused combination with its reason.
+    """
+    problems = [*_refused(config), *_out_of_bounds(config)]
+    if problems:
+        raise ConfigError(explain("; ".join(problems), where="run config"))
+
+
+def without_effect(config: RunConfig) -> list[str]:
+    """Return the keys that were changed from their default, but that the other choices leave without effect."""
+    given, defaults = flatten(config), flatten(RunConfig())
+    return [key for key, has_effect in EFFECTS.items() if given[key] != defaults[key] and not has_effect(config)]
+
+
+def _refused(config: RunConfig) -> Iterator[str]:
+    for choice in _choices(config):
+        for feature, reason in REFUSALS.get(choice, _OWN_AGGREGATOR).items():
+            if FEATURES[feature](config):
+                yield f"{choice} cannot be combined with {feature}: {reason}"
+
+
+def _out_of_bounds(config: RunConfig) -> Iterator[str]:
+    for choice in _choices(config):
+        bound = BOUNDS.get(choice)
+        if bound and not bound.holds(config):
+            yield f"{choice}: {bound.problem} ({bound.fix.rstrip('.')})"
+
+
+def _choices(config: RunConfig) -> Iterator[str]:
+    yield f"strategy.name = {config.strategy.name!r}"
+    yield f"strategy.aggregator = {config.strategy.aggregator!r}"
+    if config.strategy.norm_bound != 0:
+        yield "strategy.norm_bound"
+
+
+def _uplink_has(config: RunConfig, stage: str) -> bool:
+    branches = parse(config.transport.uplink).branches
+    return any(one.name == stage for _, branch in branches for one in branch.stages)
