@@ -1,4 +1,4 @@
-"""The ServerApp: Flower's entry point on the server.
+"""The ServerApp, behind its entry point :mod:`server_app.entry`.
 
 It reads the run config, opens the run's folder, puts the parts together, and hands over to :mod:`server_app.loop`.
 """
@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 
 from fedllm.config import RunConfig, Scalar, flatten, read_run_config
 from fedllm.errors import ConfigError, explain
@@ -32,18 +32,21 @@ from strategies.registry import build_strategy
 
 log = logging.getLogger(__name__)
 
-app = ServerApp()
 
+def serve(grid: Grid, context: Context, *, fixed_sites: bool) -> None:
+    """Run or resume one federation.
 
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """Run or resume one federation."""
+    Args:
+        grid: Flower's grid.
+        context: Flower's context, with the run config.
+        fixed_sites: No further sites will come up, as in simulation.
+    """
     set_up_logging()
-    given, simulated = read_run_config(context.run_config), _is_simulation(grid)
-    if given.simulation.attack != "none" and not simulated:
+    given = read_run_config(context.run_config)
+    if given.simulation.attack != "none" and not fixed_sites:
         raise ConfigError(explain("attacks are for simulation; deployed sites know none", where="simulation.attack"))
     folder, config, state = open_run(given)
-    run_federation(grid, folder, config, state, run_id=context.run_id, fixed_sites=simulated)
+    run_federation(grid, folder, config, state, run_id=context.run_id, fixed_sites=fixed_sites)
 
 
 def open_run(given: RunConfig) -> tuple[RunFolder, RunConfig, RunState | None]:
@@ -157,8 +160,3 @@ def _federation(
         transport=transport,
         broadcaster=Broadcaster(config, transport, folder.path / SPOOL),
     )
-
-
-def _is_simulation(grid: Grid) -> bool:
-    """Tell whether Flower simulates the sites; flwr 1.41 has no public way to ask."""
-    return type(grid).__name__ == "InMemoryGrid"
