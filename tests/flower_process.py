@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -131,7 +130,6 @@ class Flower:
 def flower(folder: Path, **variables: str) -> Iterator[Flower]:
     """Yield a Flower home in an empty folder; everything that was started under it ends with it."""
     folder.mkdir(parents=True, exist_ok=True)
-    _start_ray_once()
     port = _free_port()
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith(("FLWR_", "FEDLLM_HOME"))},
@@ -157,12 +155,6 @@ def wait_for(condition: object, timeout_s: float = 120, poll_s: float = 0.02) ->
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, "waited too long"
         time.sleep(poll_s)
-
-
-@functools.cache
-def _start_ray_once() -> None:
-    """Bring Ray's programs into memory; otherwise a cold disk can make the first simulation miss Ray's time limit."""
-    subprocess.run([sys.executable, str(REPOSITORY / "deploy" / "demo" / "start_ray.py")], check=True)
 
 
 def _free_port() -> int:

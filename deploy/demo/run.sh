@@ -17,7 +17,6 @@ PY
 )}
 # Ray says so itself: without it, it warns about a change of a default that does not matter here.
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
-python deploy/demo/start_ray.py
 
 stop_superlink() {
     # The SuperLink and, where the demo is interrupted, the simulation under it; Ray's workers follow their driver.
