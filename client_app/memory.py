@@ -6,6 +6,7 @@
         held.payload               the global state that the site decoded last, as float32
         round-00003.update         the encoded update of a round, kept until the server has folded it
         round-00003.report         what was said of it, and for which request
+        round-00003.kept-1a2b3c4d       tensors that stay at the site, see :mod:`client_app.kept`
         round-00003.residual-1a2b3c4d   what error feedback keeps back after it, of the tensors whose layout has this digest
 
 Every file is replaced whole. Nothing is kept in Flower's ``Context.state``, which loses large values without a word and
@@ -69,25 +70,26 @@ class Memory:
 
     def finished(self, round_: int, request: str) -> tuple[Path, str] | None:
         """Return the update and the report of a round that was done for this very request, None if there is none."""
-        update, report = self._file(round_, "update"), self._file(round_, "report")
+        update, report = self.file(round_, "update"), self.file(round_, "report")
         if not (update.is_file() and report.is_file()):
             return None
         found, _, text = report.read_text().partition("\n")
         return (update, text) if found == request else None
 
-    def finish(self, round_: int, request: str, report: str) -> None:
+    def finish(self, round_: int, request: str, report: str, last_folded: int = 0) -> None:
         """Note that a round's update is done, and forget rounds that no server goes back to."""
-        atomic_write(self._file(round_, "report"), f"{request}\n{report}")
+        atomic_write(self.file(round_, "report"), f"{request}\n{report}")
         for kind in {path.suffix.removeprefix(".") for path in self.folder.glob("round-*.*")}:
-            done = [number for number in self._rounds(kind) if number <= round_]
+            done = [number for number in self.rounds(kind) if number <= round_]
             for number in done[:-KEPT_ROUNDS]:
-                self._file(number, kind).unlink()
+                if number != last_folded:
+                    self.file(number, kind).unlink()
 
     def update_path(self, round_: int) -> Path:
         """Return where a round's encoded update belongs."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file(round_, "report").unlink(missing_ok=True)
-        return self._file(round_, "update")
+        self.file(round_, "report").unlink(missing_ok=True)
+        return self.file(round_, "update")
 
     def residual(self, round_: int, part: Layout, last_folded: int) -> tuple[Arrays, int] | None:
         """Return what earlier rounds left unsent of the same tensors, and the age in rounds; None if nothing did.
@@ -99,7 +101,7 @@ class Memory:
             part: The tensors that it sends.
             last_folded: The last round in which the server folded this site's update.
         """
-        earlier = [number for number in self._rounds(_residual_of(part)) if number < round_]
+        earlier = [number for number in self.rounds(_residual_of(part)) if number < round_]
         if not earlier:
             return None
         last = max(earlier)
@@ -112,21 +114,23 @@ class Memory:
 
     def keep_residual(self, round_: int, part: Layout, arrays: Arrays) -> None:
         """Keep what a round left unsent of the tensors that it sent."""
-        atomic_write(self._file(round_, _residual_of(part)), save(arrays))
+        atomic_write(self.file(round_, _residual_of(part)), save(arrays))
 
     @property
     def _held(self) -> Path:
         return self.folder / "held.payload"
 
-    def _file(self, round_: int, kind: str) -> Path:
+    def file(self, round_: int, kind: str) -> Path:
+        """Return where a round's file of a kind belongs."""
         return self.folder / f"round-{round_:05d}.{kind}"
 
-    def _rounds(self, kind: str) -> list[int]:
+    def rounds(self, kind: str) -> list[int]:
+        """Return the rounds of which there is a file of a kind, in order."""
         return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob(f"round-*.{kind}"))
 
     def _load_residual(self, round_: int, part: Layout) -> Arrays | None:
         try:
-            arrays = load(self._file(round_, _residual_of(part)).read_bytes())
+            arrays = load(self.file(round_, _residual_of(part)).read_bytes())
             check_arrays(arrays, part, "the residual")
         except (OSError, SafetensorError, FedLLMError) as error:
             log.warning("the residual of round %d cannot be used and is dropped: %s", round_, error)
@@ -134,7 +138,7 @@ class Memory:
         return arrays
 
     def _add_unsent(self, arrays: Arrays, round_: int, part: Layout) -> None:
-        path = self._file(round_, "update")
+        path = self.file(round_, "update")
         try:
             with open_payload(path, layout=part, base=self.base, kind="update") as payload:
                 for name in payload.names:

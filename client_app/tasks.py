@@ -7,7 +7,9 @@ import logging
 import time
 from pathlib import Path
 
+from client_app.courier import LOST, Courier
 from client_app.session import Session, open_session
+from client_app.training import DriftControl
 from client_app.workplace import Workplace
 from fedllm.errors import TransportError, explain
 from fedllm.messages import (
@@ -22,6 +24,7 @@ from fedllm.messages import (
     TrainInstruction,
     TrainReport,
 )
+from fedllm.update import taken
 from fedllm.wire.transport import Envelope
 
 log = logging.getLogger(__name__)
@@ -77,16 +80,16 @@ def greet(instruction: Hello, workplace: Workplace) -> Answer:
 def train_round(instruction: TrainInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
     """Train from the global state and hand in the delta; a request that was done before is answered from disk."""
     session = open_session(instruction, workplace)
-    request = _request(instruction)
-    done = session.memory.finished(instruction.round, request)
+    courier, request = session.courier(instruction, envelope), _request(instruction)
+    done = courier.memory.finished(instruction.round, request)
     if done is None:
-        update, report = _train(session, instruction, envelope)
-        session.memory.finish(instruction.round, request, report.model_dump_json())
+        update, report = _train(session, instruction, courier)
+        courier.memory.finish(instruction.round, request, report.model_dump_json(), instruction.last_folded)
     else:
         update, report = done[0], TrainReport.model_validate_json(done[1])
         log.info("%s round %d was done before; sending it again", workplace.site, instruction.round)
     started = time.perf_counter()
-    back = session.push(update, envelope)
+    back = courier.push(update)
     phases = {**report.phases, "push": time.perf_counter() - started}
     return report.model_copy(update={"phases": phases}), back
 
@@ -97,21 +100,29 @@ def _request(instruction: TrainInstruction) -> str:
     return hashlib.sha256(instruction.model_dump_json(exclude=varying).encode()).hexdigest()
 
 
-def _train(session: Session, instruction: TrainInstruction, envelope: Envelope) -> tuple[Path, TrainReport]:
+def _train(session: Session, instruction: TrainInstruction, courier: Courier) -> tuple[Path, TrainReport]:
     started = time.perf_counter()
-    site = session.workplace.site
-    received = session.obtain(instruction, envelope)
+    site, work = session.workplace.site, instruction.work
+    received = courier.obtain()
     fetched = time.perf_counter()
+    start, note = courier.own(received, instruction.round - 1)
+    part, variates = work.trained(session.layout), courier.variates(received)
+    correction = {name: variates.correction(name) for name in part.names} if variates else None
+    drift = DriftControl(work.proximal, correction) if work.proximal or correction else None
     result, trained = session.train(
-        received,
-        instruction.work.trained(session.layout),
+        start,
+        part,
         first_step=instruction.first_step,
         num_steps=session.config.train.local_steps,
         round_=instruction.round,
         title=f"{site} round {instruction.round}",
+        drift=drift,
     )
     finished = time.perf_counter()
-    update, residual_norm = session.encode(instruction, received, trained)
+    change = variates.change(drift.mean_gradients()) if variates and drift else None
+    update = courier.encode(received, trained, change)
+    if variates:
+        variates.keep(instruction.round, update.decoded)
     ended = time.perf_counter()
     report = TrainReport(
         site=site,
@@ -123,17 +134,20 @@ def _train(session: Session, instruction: TrainInstruction, envelope: Envelope) 
         loss_last=result.loss_last,
         grad_norm=result.grad_norm_mean,
         seconds=ended - started,
-        residual_norm=residual_norm,
+        residual_norm=update.residual_norm,
+        note=note or (LOST if variates and variates.was_lost else ""),
         phases={"fetch": fetched - started, "train": finished - fetched, "encode": ended - finished},
     )
-    return update, report
+    return update.path, report
 
 
 def evaluate(instruction: EvaluateInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
-    """Evaluate the global state on the site's hold-out, and answer the prompt if there is one."""
+    """Evaluate the state, with what the site keeps in its place, on the hold-out; answer the prompt if there is one."""
     started = time.perf_counter()
     session = open_session(instruction, workplace)
-    session.load(session.obtain(instruction, envelope))
+    courier = session.courier(instruction, envelope)
+    adapter, _ = courier.own(courier.obtain(), instruction.round)
+    session.load(adapter)
     score = session.score()
     base, tuned = session.answer(instruction.prompt) if instruction.prompt else ("", "")
     report = EvaluateReport(
@@ -154,9 +168,9 @@ def train_alone(instruction: LocalOnlyInstruction, envelope: Envelope, workplace
     """
     started = time.perf_counter()
     session = open_session(instruction, workplace)
-    received = session.obtain(instruction, envelope)
+    courier = session.courier(instruction, envelope)
     result, _ = session.train(
-        received,
+        taken(courier.obtain(), session.layout),
         session.layout,
         first_step=0,
         num_steps=instruction.num_steps,

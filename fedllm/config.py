@@ -149,7 +149,8 @@ class StrategyConfig(Section):
     """How updates become the next global adapter."""
 
     name: str = "fedavg"
-    """Recipe, one of those in docs/strategies.md: `fedavg`, `ffa-lora`, `rolora`."""
+    """Recipe, one of those in docs/strategies.md: `fedavg`, `fedprox`, `fedsa-lora`,
+    `ffa-lora`, `rolora`, `scaffold`."""
 
     server_optimizer: Literal["sgd", "adagrad", "adam", "yogi"] = "sgd"
     """How the global adapter moves along the aggregated delta (Reddi et al., arXiv 2003.00295); `sgd` with rate 1 and no
@@ -175,6 +176,9 @@ class StrategyConfig(Section):
 
     server_final_rate: float = Field(0.1, ge=0, le=1)
     """Share of the server's learning rate that is left in the last round, where it is annealed."""
+
+    proximal_mu: float = Field(0.01, ge=0)
+    """Strength of the pull to the received state in `fedprox`; without effect for other strategies."""
 
     weighting: Literal["examples", "tokens", "uniform"] = "examples"
     """What a site's weight in the average is."""

@@ -140,6 +140,7 @@ class TrainReport(Message):
     Attributes:
         loss: Mean loss over the round's target tokens.
         residual_norm: Norm of what error feedback keeps back, over the norm of the update; 0 without.
+        note: What a person should know about this round at this site, empty for nothing.
     """
 
     kind: Literal["trained"] = "trained"
@@ -153,6 +154,7 @@ class TrainReport(Message):
     grad_norm: Finite
     seconds: Finite
     residual_norm: Finite = 0.0
+    note: str = Field("", max_length=500)
     phases: dict[str, Finite] = {}
 
 

@@ -1,7 +1,10 @@
 """What a site does with a state: decided by the strategy, carried by every instruction, read alike at both ends.
 
-Which tensors are trained and which travel follows from the layout and this description alone, so a part of an adapter
-travels as a payload of a smaller layout that both ends derive for themselves and hold each other to by its digest.
+Which tensors are trained, which travel and which stay follows from the layout and this description alone, so a part of an
+adapter travels as a payload of a smaller layout that both ends derive for themselves and hold each other to by its digest.
+
+A strategy may send more than the adapter: *control variates* travel as tensors of role ``control`` beside it, named
+``control/<tensor>``, in states and in updates alike.
 
 Evolution: fields are only added, with a default that means what was done before.
 """
@@ -9,42 +12,68 @@ Evolution: fields are only added, with a default that means what was done before
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedllm.errors import ConfigError, explain
 from fedllm.update import Layout, TensorSpec
+
+CONTROL = "control"
+"""Role of control variates, and what their names begin with."""
 
 
 class ClientWork(BaseModel):
     """What a site does.
 
     Attributes:
-        trainable: Roles of the tensors that are trained and sent, empty for all.
+        trainable: Roles of the tensors that are trained, empty for all.
+        private: Roles of the tensors that never leave the site.
+        proximal: Strength of the pull towards the received state, FedProx's mu; 0 for none.
+        control_variates: Correct every step by control variates, as SCAFFOLD does, and send their changes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     trainable: tuple[str, ...] = ()
+    private: tuple[str, ...] = ()
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    control_variates: bool = False
+
+    def state(self, adapter: Layout) -> Layout:
+        """Return the tensors of a global state: the adapter's, and the control variates of those that are trained."""
+        if not self.control_variates:
+            return adapter
+        return Layout((*adapter.tensors, *map(_control_of, self.trained(adapter).tensors)))
 
     def trained(self, layout: Layout) -> Layout:
         """Return the tensors that a site trains.
+
+        Args:
+            layout: Of the adapter or of the state.
 
         Raises:
             ConfigError: There are none.
         """
         return self._part(layout, self._trains, "train")
 
-    def sent(self, layout: Layout) -> Layout:
+    def sent(self, state: Layout) -> Layout:
         """Return the tensors that an update holds.
 
         Raises:
             ConfigError: There are none.
         """
-        return self._part(layout, self._trains, "send")
+        return self._part(state, lambda spec: spec.role == CONTROL or self._shares(spec), "send")
+
+    def kept(self, layout: Layout) -> Layout:
+        """Return the trained tensors that stay at the site; there may be none."""
+        return layout.only([spec.name for spec in self.trained(layout).tensors if not self._shares(spec)])
 
     def _trains(self, spec: TensorSpec) -> bool:
-        return not self.trainable or spec.role in self.trainable
+        return spec.role != CONTROL and (not self.trainable or spec.role in self.trainable)
+
+    def _shares(self, spec: TensorSpec) -> bool:
+        return self._trains(spec) and spec.role not in self.private
 
     def _part(self, layout: Layout, belongs: Callable[[TensorSpec], bool], what: str) -> Layout:
         part = layout.only([spec.name for spec in layout.tensors if belongs(spec)])
@@ -55,3 +84,27 @@ class ClientWork(BaseModel):
                 explain(f"the strategy leaves nothing to {what}", expected=f"some of {roles}", found=self, fix=fix)
             )
         return part
+
+
+def adapter_of(state: Layout) -> Layout:
+    """Return the adapter's tensors of a state."""
+    return state.only([spec.name for spec in state.tensors if spec.role != CONTROL])
+
+
+def control_of(state: Layout) -> Layout:
+    """Return the control variates of a state; there may be none."""
+    return state.only([spec.name for spec in state.tensors if spec.role == CONTROL])
+
+
+def control_name(name: str) -> str:
+    """Return the name of a tensor's control variate."""
+    return f"{CONTROL}/{name}"
+
+
+def is_control(name: str) -> bool:
+    """Tell whether a tensor of this name is a control variate."""
+    return name.startswith(f"{CONTROL}/")
+
+
+def _control_of(spec: TensorSpec) -> TensorSpec:
+    return TensorSpec(control_name(spec.name), spec.shape, "float32", CONTROL)

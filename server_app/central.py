@@ -35,7 +35,7 @@ def central_score(config: RunConfig, home: Path, state: RunState) -> dict[str, f
 
     base = cached_base(config.model, home=home, cache_dir=default_cache_dir(), device="auto")
     model = attach_adapter(base, config.adapter)
-    write_adapter(model, state.layout, state.params)
+    write_adapter(model, state.adapter_layout, state.adapter)
     examples = load_examples(source, config.data.format, home, deduplicate=config.data.deduplicate)
     sequences, _ = encode(examples, base.tokenizer, config.data.max_length)
     totals = evaluate_loss(model, sequences, config.train.batch_size * 4)

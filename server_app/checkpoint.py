@@ -28,6 +28,7 @@ from fedllm.agreement import Agreement
 from fedllm.errors import CheckpointError, LayoutError, explain
 from fedllm.files import sync_folder
 from fedllm.update import Arrays, Layout, check_arrays, taken
+from fedllm.work import adapter_of
 from strategies.slots import OptimizerState
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,10 @@ class RunState:
 
     Attributes:
         round: Rounds done.
-        params: The global adapter after that round.
+        params: The global adapter after that round, and what the strategy sends beside it.
         sent: What the sites decoded last, the state that the next one is sent as a difference to.
         optimizer: The server optimizer's memory.
-        layout: The adapter's layout.
+        layout: The state's layout: the adapter's tensors, then what the strategy sends beside them.
         target_modules: Names of the adapted modules, for PEFT's config.
         agreement: What every site holds.
         moved: Names of the tensors that the last round moved, empty for all.
@@ -59,6 +60,16 @@ class RunState:
     target_modules: tuple[str, ...]
     agreement: Agreement
     moved: tuple[str, ...] = ()
+
+    @property
+    def adapter(self) -> Arrays:
+        """The global adapter alone, without what travels beside it."""
+        return taken(self.params, self.adapter_layout)
+
+    @property
+    def adapter_layout(self) -> Layout:
+        """The adapter's tensors."""
+        return adapter_of(self.layout)
 
 
 def save_checkpoint(folder: Path, state: RunState, keep: int) -> Path:

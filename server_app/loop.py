@@ -54,7 +54,7 @@ class Loop:
         with self._ending():
             self.federation.roster.gather(config.rounds.min_sites, config.rounds.join_timeout_s)
             state = self.state or self._first_state()
-            self._note_sites(state.layout)
+            self._note_sites(state.adapter_layout)
             state = self._catch_up(state)
             while state.round < config.num_rounds:
                 state = self._round(state)
@@ -63,9 +63,10 @@ class Loop:
     def _first_state(self) -> RunState:
         """Make the first global adapter from the layout alone; the server needs no base for it."""
         roster, introduction = self.federation.roster, self._introduction()
-        layout = Layout.from_json(introduction.layout)
+        work = self.federation.strategy.work.at(1)
+        layout = work.state(Layout.from_json(introduction.layout))
         assert roster.agreement is not None, "gather() has settled it"
-        self.federation.strategy.work.at(1).sent(layout)  # refuses an adapter that the strategy does not fit
+        work.sent(layout)  # refuses an adapter that the strategy does not fit
         arrays = initial_arrays(layout, self.federation.config.seed)
         return RunState(
             round=0,
@@ -142,8 +143,8 @@ class Loop:
     def _export(self, state: RunState, name: str) -> None:
         save_peft_adapter(
             self.federation.folder.path / name,
-            state.layout,
-            state.params,
+            state.adapter_layout,
+            state.adapter,
             self.federation.config.spec,
             list(state.target_modules),
             self.federation.config.model.source,

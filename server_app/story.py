@@ -83,6 +83,9 @@ def _round(event: Round) -> Iterator[tuple[str, str]]:
         items += [] if event.update_norm is None else [f"update norm {event.update_norm:.3g}"]
         traffic = [f"{human_bytes(event.bytes_up)} up", f"{human_bytes(event.bytes_down)} down"]
         yield "trained", ", ".join([*items, *traffic])
+    notes = {site: clean(part.note) for site, part in event.sites.items() if part.note}
+    if notes:
+        yield "note", fit(_by_reason(notes), _TEXT_COLUMNS, "; ")
     if reasons:
         yield "rejected", fit(_by_reason(reasons), _TEXT_COLUMNS, "; ")
     if event.event == "round":

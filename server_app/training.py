@@ -232,7 +232,8 @@ def _aggregate(
 
     A spooled update is closed and deleted as soon as it is folded, or where the aggregation reads it again, at the end.
     """
-    origin = Origin(state.round + 1, state.layout, state.params, broadcast.arrays)
+    num_sites = len(federation.roster.members)
+    origin = Origin(state.round + 1, state.layout, state.params, broadcast.arrays, num_sites)
     aggregation = federation.strategy.aggregator.start(_sent(federation, state, state.round + 1), origin)
     with ExitStack() as kept:
         for site in sorted(accepted):
@@ -311,6 +312,7 @@ def _site_numbers(report: TrainReport) -> dict[str, object]:
         "num_steps": report.num_steps,
         "grad_norm": report.grad_norm,
         "residual_norm": report.residual_norm,
+        "note": report.note,
         "seconds": report.seconds,
         "phases": report.phases,
     }

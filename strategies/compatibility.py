@@ -54,8 +54,14 @@ _MEAN_OF_FACTORS = {
     ),
 }
 
+_ONE_FACTOR = {
+    "strategy.robust_on = 'products'": "an update holds one factor only, and the other one is not known to the server"
+}
+
 REFUSALS: dict[str, Mapping[str, str]] = {
     "strategy.name = 'fedavg'": _MEAN_OF_FACTORS,
+    "strategy.name = 'fedprox'": _MEAN_OF_FACTORS,
+    "strategy.name = 'fedsa-lora'": _ONE_FACTOR,
     "strategy.name = 'ffa-lora'": {},
     "strategy.name = 'rolora'": _MEAN_OF_FACTORS,
     "strategy.aggregator = 'mean'": {},
@@ -124,6 +130,7 @@ BOUNDS: dict[str, Bound] = {
 
 _NO_WEIGHTS = ("median", "trimmed-mean", "krum", "multi-krum", "fltrust")
 EFFECTS: dict[str, Question] = {
+    "strategy.proximal_mu": lambda config: config.strategy.name == "fedprox",
     "strategy.byzantine_sites": lambda config: config.strategy.aggregator not in ("mean", "fltrust"),
     "strategy.trim_fraction": lambda config: config.strategy.aggregator == "trimmed-mean",
     "strategy.trusted_site": lambda config: config.strategy.aggregator == "fltrust",

@@ -11,13 +11,23 @@ from collections.abc import Callable
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, explain
 from strategies.fedavg import fedavg
+from strategies.fedprox import fedprox
+from strategies.fedsa_lora import fedsa_lora
 from strategies.ffa_lora import ffa_lora
 from strategies.rolora import rolora
+from strategies.scaffold import scaffold
 from strategies.slots import Strategy
 
 Recipe = Callable[[RunConfig], Strategy]
 
-RECIPES: dict[str, Recipe] = {"fedavg": fedavg, "ffa-lora": ffa_lora, "rolora": rolora}
+RECIPES: dict[str, Recipe] = {
+    "fedavg": fedavg,
+    "fedprox": fedprox,
+    "fedsa-lora": fedsa_lora,
+    "ffa-lora": ffa_lora,
+    "rolora": rolora,
+    "scaffold": scaffold,
+}
 
 
 def register(name: str, recipe: Recipe) -> None:

@@ -121,12 +121,14 @@ class Origin:
         layout: All tensors of the adapter, of which an update may hold some.
         params: The global adapter that the delta will be added to.
         received: The same bit for bit as the sites decoded it, which a lossy downlink makes another thing.
+        num_sites: Sites that have joined, whether or not they take part in this round.
     """
 
     round: int
     layout: Layout
     params: Arrays
     received: Arrays
+    num_sites: int = 0
 
 
 class Aggregator(Protocol):

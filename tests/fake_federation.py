@@ -19,6 +19,7 @@ from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from client_app.courier import LOST, Courier
 from client_app.transports import build_transport
 from fedllm import rng
 from fedllm.agreement import Agreement
@@ -258,3 +259,78 @@ def flower_error(message: FlowerMessage, reason: str = "ClientApp stopped respon
 def empty_reply(message: FlowerMessage) -> FlowerMessage:
     """Return a reply without any record of ours."""
     return FlowerMessage(RecordDict(), reply_to=message)
+
+
+class LocalSite(QuadraticSite):
+    """A site with a real site's files: it obtains, keeps and encodes with the real courier, and takes gradient steps.
+
+    Its objective is ``sum(curvature (x - optimum)^2) / 2``; the gradient's corrections are written out here once more, in
+    float64, so that they check the strategies and not themselves.
+
+    Args:
+        name: The site's name.
+        seed: Draws optimum and curvature.
+        folder: Its state directory; a second site in the same folder goes on where the first one was.
+        num_examples: What it says it has.
+        num_steps: Local gradient steps a round.
+        step_size: Their size.
+    """
+
+    def __init__(
+        self, name: str, seed: int, folder: Path, num_examples: int = 10, num_steps: int = 5, step_size: float = 0.1
+    ) -> None:
+        super().__init__(name, seed, num_examples)
+        draw = rng.generator(seed, purpose="curvature")
+        self.curvature: Arrays = {spec.name: draw.uniform(0.2, 2.0, spec.shape) for spec in LAYOUT.tensors}
+        self.folder, self.num_steps, self.step_size = folder, num_steps, step_size
+
+    def courier(self, instruction: StateInstruction, envelope: Envelope) -> Courier:
+        return Courier(
+            instruction=instruction,
+            envelope=envelope,
+            config=instruction.read_config(),
+            site=self.name,
+            state_dir=self.folder,
+            adapter=LAYOUT,
+            base=self.agreement.base,
+            owner=None,
+        )
+
+    def fetch(self, instruction: StateInstruction, envelope: Envelope) -> Arrays:
+        self.deliveries.append(instruction.delivery)
+        courier = self.courier(instruction, envelope)
+        return courier.own(courier.obtain(), getattr(instruction, "round", 0))[0]
+
+    def score(self, state: Arrays) -> Score:
+        loss = sum(float(np.sum(self.curvature[n] * (state[n] - self.optimum[n]) ** 2)) / 2 for n in LAYOUT.names)
+        return Score(loss=loss, accuracy=0.5, num_tokens=20, num_examples=4)
+
+    def train(self, instruction: TrainInstruction, envelope: Envelope) -> tuple[AnyMessage, Envelope | None]:
+        courier, work = self.courier(instruction, envelope), instruction.work
+        received = courier.obtain()
+        start, note = courier.own(received, instruction.round - 1)
+        variates = courier.variates(received)
+        part = work.trained(LAYOUT)
+        correction = {name: variates.correction(name).astype(np.float64) for name in part.names} if variates else None
+        trained = self.descend(start, part, work.proximal, correction)
+        change = None
+        if variates and correction:
+            moved = {name: (start[name] - trained[name]) / (self.num_steps * self.step_size) for name in part.names}
+            change = variates.change({name: (moved[name] - correction[name]).astype(np.float32) for name in moved})
+        trained32 = {name: value.astype(np.float32) for name, value in trained.items()}
+        update = courier.encode(received, trained32, change)
+        if variates:
+            variates.keep(instruction.round, update.decoded)
+        return self.report(
+            instruction, start, note=note or (LOST if variates and variates.was_lost else "")
+        ), courier.push(update.path)
+
+    def descend(self, start: Arrays, part: Layout, proximal: float, correction: Arrays | None) -> dict[str, Any]:
+        """Take the local steps in float64."""
+        local: dict[str, Any] = {name: value.astype(np.float64) for name, value in start.items()}
+        for _ in range(self.num_steps):
+            for name in part.names:
+                gradient = self.curvature[name] * (local[name] - self.optimum[name])
+                gradient = gradient + proximal * (local[name] - start[name])
+                local[name] = local[name] - self.step_size * (gradient + (correction[name] if correction else 0.0))
+        return local

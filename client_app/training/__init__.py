@@ -1,6 +1,7 @@
 """Local training: so many optimizer steps on the site's own batches, changing the adapter and nothing else."""
 
+from client_app.training.drift import DriftControl
 from client_app.training.loop import train
 from client_app.training.plan import StepReport, TrainPlan, TrainResult, learning_rate_at
 
-__all__ = ["StepReport", "TrainPlan", "TrainResult", "learning_rate_at", "train"]
+__all__ = ["DriftControl", "StepReport", "TrainPlan", "TrainResult", "learning_rate_at", "train"]

@@ -86,13 +86,13 @@ def write_adapter(model: PeftModel, layout: Layout, arrays: Arrays) -> None:
 
 
 @contextlib.contextmanager
-def only_trainable(model: PeftModel, part: Layout) -> Iterator[None]:
-    """Let gradients reach these tensors of the adapter only; afterwards all of them again."""
+def only_trainable(model: PeftModel, part: Layout) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """Let gradients reach these tensors of the adapter only, and yield their parameters; afterwards all of them again."""
     parameters = dict(_parameters(model))
     try:
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in part)
-        yield
+        yield {name: parameters[name] for name in part.names}
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(True)

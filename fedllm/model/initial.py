@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from fedllm.errors import LayoutError, explain
 from fedllm.rng import generator
 from fedllm.update import Arrays, Layout, TensorSpec
+from fedllm.work import CONTROL
 
 
 def initial_arrays(layout: Layout, seed: int) -> Arrays:
     """Draw the first global adapter; each tensor's draw depends on the seed and its name only.
 
     Args:
-        layout: Tensors of role `lora_A` [R, I] and `lora_B` [O, R].
+        layout: Tensors of role `lora_A` [R, I], `lora_B` [O, R] and `control`, which is zero.
         seed: The run's seed.
 
     Raises:
@@ -32,7 +33,7 @@ def initial_arrays(layout: Layout, seed: int) -> Arrays:
 
 
 def _initial(spec: TensorSpec, seed: int) -> NDArray[np.float32]:
-    if spec.role == "lora_B":
+    if spec.role in ("lora_B", CONTROL):
         return np.zeros(spec.shape, np.float32)
     if spec.role == "lora_A" and len(spec.shape) == 2:
         bound = 1 / math.sqrt(spec.shape[1])

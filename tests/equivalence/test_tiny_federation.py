@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,3 +71,44 @@ def test_error_feedback_keeps_a_residual_for_each_factor(tiny_home: Path) -> Non
     assert sorted(by_part.values()) == [[1, 3], [2, 4]]
     norms = [event["sites"]["site-0"]["residual_norm"] for event in events(folder, "round")]
     assert all(0 < norm < 10 for norm in norms)
+
+
+def bits(arrays: Arrays) -> bytes:
+    return b"".join(arrays[name].tobytes() for name in sorted(arrays))
+
+
+def test_fedprox_without_mu_is_fedavg_bit_for_bit(tiny_home: Path) -> None:
+    plain = params(run_tiny(tiny_home, name="plain"))
+    free = run_tiny(tiny_home, name="free", **{"strategy.name": "fedprox", "strategy.proximal_mu": 0.0})
+    pulled = run_tiny(tiny_home, name="pulled", **{"strategy.name": "fedprox", "strategy.proximal_mu": 10.0})
+    assert bits(params(free)) == bits(plain) != bits(params(pulled))
+
+
+def test_scaffold_begins_as_fedavg_and_then_corrects(tiny_home: Path) -> None:
+    sgd = {"train.optimizer": "sgd", "train.learning_rate": 0.5, "train.schedule": "constant"}
+    found = {}
+    for name in ("fedavg", "scaffold"):
+        for num_rounds in (1, 3):
+            run_name = f"{name}-{num_rounds}"
+            folder = run_tiny(tiny_home, name=run_name, num_rounds=num_rounds, **sgd, **{"strategy.name": name})
+            found[run_name] = params(folder)
+    adapter = found["fedavg-1"].keys()
+    first, last = ({name: found[run][name] for name in adapter} for run in ("scaffold-1", "scaffold-3"))
+    assert bits(first) == bits(found["fedavg-1"])
+    assert bits(last) != bits(found["fedavg-3"])
+    assert any(value.any() for name, value in found["scaffold-3"].items() if name not in adapter)
+
+
+def test_fedsa_keeps_b_at_the_sites_and_goes_on_with_it_after_a_restart(tiny_home: Path) -> None:
+    settings = {"strategy.name": "fedsa-lora", "keep_checkpoints": 9, "transport.uplink": "delta|topk:0.5|fp32|rice"}
+    clean = run_tiny(tiny_home, name="clean", num_rounds=4, **settings)
+    assert changed(clean) == {"lora_A"}
+    assert losses(clean)[-1] < losses(clean)[0] - 0.05
+    cut = run_tiny(tiny_home, name="cut", num_rounds=4, **settings)
+    for name in ("round-00003", "round-00004"):
+        shutil.rmtree(cut.checkpoints / name)
+    again = run_tiny(tiny_home, name="", resume="cut", num_rounds=4, **settings)
+    assert bits(params(again)) == bits(params(clean))
+    for site in ("site-0", "site-1"):
+        [kept] = (clean.path / "sites" / site).glob("round-00004.kept-*")
+        assert (again.path / "sites" / site / kept.name).read_bytes() == kept.read_bytes()
