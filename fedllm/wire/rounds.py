@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from fedllm.errors import TicketError, explain
@@ -34,12 +34,13 @@ class Rounds:
     Args:
         max_transfers: Transfers at one time, over all rounds.
         queue_s: Seconds that one more waits for its turn.
+        on_idle: Called when the last transfer under way has ended.
     """
 
-    def __init__(self, max_transfers: int, queue_s: float) -> None:
+    def __init__(self, max_transfers: int, queue_s: float, on_idle: Callable[[], object] = lambda: None) -> None:
         self._rounds: dict[int, _Round] = {}
         self._turns = asyncio.Semaphore(max_transfers)
-        self._queue_s = queue_s
+        self._queue_s, self._on_idle = queue_s, on_idle
 
     async def open(self, round_: int, attempt: int) -> None:
         """Admit tickets of one attempt at a round; those of an earlier attempt are closed first."""
@@ -100,6 +101,8 @@ class Rounds:
         finally:
             del current.transfers[task]
             ended.set_result(None)
+            if not any(round_.transfers for round_ in self._rounds.values()):
+                self._on_idle()
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:

@@ -17,7 +17,7 @@ from fedllm.errors import TransportError, explain
 from fedllm.wire.digest import digest_file
 from fedllm.wire.files import clear_disk_errors
 from fedllm.wire.ledger import Ledger
-from fedllm.wire.memory import keep_freed_buffers
+from fedllm.wire.memory import keep_freed_buffers, return_freed_buffers
 from fedllm.wire.methods import SERVER_OPTIONS, handler
 from fedllm.wire.part import Receipt
 from fedllm.wire.ports import free_ports, parse_ports
@@ -167,7 +167,7 @@ class UpdateServer:
             self._end_loop()
 
     async def _start(self) -> int:
-        self._rounds = Rounds(self._max_transfers, self._queue_s)
+        self._rounds = Rounds(self._max_transfers, self._queue_s, self._when_idle)
         self._service = UpdateService(
             spool=self._spool,
             ledger=self._ledger,
@@ -183,6 +183,9 @@ class UpdateServer:
         port = self._listen()
         await self._server.start()
         return port
+
+    def _when_idle(self) -> None:
+        self._loop.run_in_executor(None, return_freed_buffers)
 
     async def _shut_down(self) -> None:
         """Stop within seconds; a connection on which bytes are stuck would hold gRPC until it times out."""
