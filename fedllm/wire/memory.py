@@ -29,7 +29,8 @@ def keep_freed_buffers() -> bool:
     if library is None:
         return False
     settings = {_M_MMAP_THRESHOLD: KEPT_BYTES, _M_TRIM_THRESHOLD: KEPT_BYTES, _M_ARENA_MAX: MAX_ARENAS}
-    return sum(library.mallopt(name, value) for name, value in settings.items()) == len(settings)
+    accepted: list[int] = [library.mallopt(name, value) for name, value in settings.items()]
+    return all(accepted)
 
 
 def return_freed_buffers() -> bool:
