@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from fedllm.codecs.pipeline import parse
 from fedllm.errors import FedLLMError, QuorumError, explain
 from fedllm.manifest import Manifest, SiteCounts
 from fedllm.messages import Introduction
@@ -66,7 +67,9 @@ class Loop:
         work = self.federation.strategy.work.at(1)
         layout = work.state(Layout.from_json(introduction.layout))
         assert roster.agreement is not None, "gather() has settled it"
-        work.sent(layout)  # refuses an adapter that the strategy does not fit
+        sent = work.sent(layout)  # refuses an adapter that the strategy does not fit
+        parse(self.federation.config.transport.downlink).check(layout)
+        parse(self.federation.config.transport.uplink).check(sent)
         arrays = initial_arrays(layout, self.federation.config.seed)
         return RunState(
             round=0,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from fedllm.codecs.pipeline import parse
+from fedllm.codecs.stage import Kind
 from fedllm.config import RunConfig, flatten
 from fedllm.errors import ConfigError, explain
 from strategies.robust.coordinates import num_trimmed
@@ -147,8 +148,10 @@ def check_compatibility(config: RunConfig) -> None:
     """Refuse what cannot work together.
 
     Raises:
-        ConfigError: Every refused combination with its reason.
+        ConfigError: A pipeline is impossible, or a combination is refused; with the reason, and all reasons of the latter.
     """
+    for key in ("uplink", "downlink"):
+        _check_pipeline(key, getattr(config.transport, key))
     problems = [*_refused(config), *_out_of_bounds(config)]
     if problems:
         raise ConfigError(explain("; ".join(problems), where="run config"))
@@ -158,6 +161,18 @@ def without_effect(config: RunConfig) -> list[str]:
     """Return the keys that were changed from their default, but that the other choices leave without effect."""
     given, defaults = flatten(config), flatten(RunConfig())
     return [key for key, has_effect in EFFECTS.items() if given[key] != defaults[key] and not has_effect(config)]
+
+
+def _check_pipeline(key: str, text: str) -> None:
+    try:
+        pipeline = parse(text)
+    except ConfigError as error:
+        raise ConfigError(f"transport.{key} cannot be used: {error}") from error
+    if key == "downlink" and pipeline.has(Kind.MASK) and not pipeline.has(Kind.DIFFERENCE):
+        fix = (
+            "Put delta in front: the mask is taken from the state that sites hold, and what travels changes that state."
+        )
+        raise ConfigError(explain("a masked state must be a difference", found=text, where=f"transport.{key}", fix=fix))
 
 
 def _refused(config: RunConfig) -> Iterator[str]:

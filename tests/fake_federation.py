@@ -237,6 +237,7 @@ class QuadraticSite:
     def push(self, instruction: TrainInstruction, envelope: Envelope, delta: Arrays, **changes: Any) -> Envelope:
         path, part = self.folder / "update", instruction.work.sent(LAYOUT)
         fields = {"round_": instruction.round, "base": self.agreement.base, "reference_id": instruction.state_id}
+        held = self.held.get(instruction.state_id)
         encode_payload(
             path,
             taken(delta, part),
@@ -244,7 +245,9 @@ class QuadraticSite:
             kind="update",
             pipeline=instruction.read_config().transport.uplink,
             is_difference=True,
+            reference=taken(held, part) if held else None,
             site=self.name,
+            site_index=instruction.site_index,
             seed=42,
             **{**fields, **changes},
         )

@@ -134,3 +134,23 @@ def test_the_server_refuses_before_it_makes_a_folder_and_warns_of_idle_settings(
     assert not list(tmp_path.iterdir())
     open_run(read_run_config({**settings, **ENOUGH, "strategy.trim_fraction": 0.1}))
     assert "strategy.trim_fraction has no effect" in caplog.text
+
+
+def test_a_masked_state_must_be_a_difference() -> None:
+    with pytest.raises(ConfigError, match=r"transport\.downlink.*Put delta in front"):
+        check({"transport.downlink": "mask:0.5|bf16"})
+    check({"transport.downlink": "delta|mask:0.5|bf16"})
+
+
+@pytest.mark.parametrize("key", ["uplink", "downlink"])
+@pytest.mark.parametrize(
+    ("pipeline", "words"),
+    [
+        ("foo", "unknown codec stage 'foo'; expected one of bf16"),
+        ("nf4|delta", "'delta' .* cannot follow 'nf4'"),
+        ("topk:0.1|nf4", "need an index coder"),
+    ],
+)
+def test_an_impossible_pipeline_is_refused_before_anything_is_sent(key: str, pipeline: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"transport.{key} cannot be used: .*{words}"):
+        check({f"transport.{key}": pipeline})

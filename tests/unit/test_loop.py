@@ -14,7 +14,7 @@ from flwr.app import Message as FlowerMessage
 
 from fedllm.agreement import Agreement
 from fedllm.config import RunConfig, read_run_config
-from fedllm.errors import QuorumError
+from fedllm.errors import ConfigError, QuorumError
 from fedllm.messages import AnyMessage, Failure, TrainInstruction
 from fedllm.model.export import load_peft_adapter
 from fedllm.model.initial import initial_arrays
@@ -423,3 +423,32 @@ def test_what_a_lossy_downlink_drops_is_sent_later(tmp_path: Path) -> None:
     initial = initial_arrays(LAYOUT, 42)
     for name, value in expected.items():
         assert np.linalg.norm(held[name] - value) < 0.3 * np.linalg.norm(initial[name] - value)
+
+
+def test_a_pipeline_that_leaves_a_tensor_out_ends_the_run_before_anything_is_sent(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lora_A"):
+        run(tmp_path, InProcessGrid(sites()), **{"transport.uplink": "lora_B=int8:256"})
+
+
+@pytest.mark.parametrize(
+    ("uplink", "downlink"),
+    [
+        ("delta|mask:0.25|nf4:64", "delta|mask:0.5|bf16"),  # FLASC: the server's largest weights both ways
+        ("delta|segment:2|int8:256", "delta|bf16"),  # EcoLoRA: sites take turns with the parts
+    ],
+)
+def test_partial_uplinks_run_end_to_end_and_come_near_the_optimum(tmp_path: Path, uplink: str, downlink: str) -> None:
+    changes = {"transport.uplink": uplink, "transport.downlink": downlink}
+    folder = run(tmp_path, InProcessGrid(sites()), num_rounds=12, **changes)
+    dense = run(tmp_path / "dense", InProcessGrid(sites()), num_rounds=12)
+    assert progress(folder) > 0.4 * progress(dense)
+    assert bytes_up(folder) < bytes_up(dense)
+
+
+def progress(folder: RunFolder) -> float:
+    losses = [event["loss"] for event in events(folder, "evaluation")]
+    return losses[0] - losses[-1]
+
+
+def bytes_up(folder: RunFolder) -> int:
+    return sum(event["bytes_up"] for event in events(folder, "round"))
