@@ -6,6 +6,7 @@ Nothing here knows a model: arrays come in and go out, in the layouts that the i
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +23,7 @@ from fedllm.codecs.pipeline import parse
 from fedllm.config import RunConfig
 from fedllm.errors import AgreementError, CorruptPayloadError, StaleStateError, explain
 from fedllm.messages import StateInstruction, TrainInstruction
-from fedllm.model.initial import initial_arrays
-from fedllm.update import Arrays, Layout, digest_arrays, taken
+from fedllm.update import Arrays, Layout, digest_arrays, taken, zeros
 from fedllm.wire.transport import Envelope
 from fedllm.work import adapter_of, control_of
 
@@ -58,6 +58,7 @@ class Courier:
         site: The site's name.
         state_dir: The site's files for this run.
         adapter: The layout of the adapter that the site holds.
+        first_values: Makes what that adapter starts from.
         base: Fingerprint of the base that it holds.
         owner: The data owner's file in deployment.
         attack: What the site does as a simulated attacker, None for an honest one.
@@ -69,6 +70,7 @@ class Courier:
     site: str
     state_dir: Path
     adapter: Layout
+    first_values: Callable[[], Arrays]
     base: str
     owner: SiteConfig | None
     attack: Attack | None = None
@@ -106,7 +108,7 @@ class Courier:
     def _received(self) -> Arrays:
         asked = self.instruction
         if asked.delivery == "initial":
-            return initial_arrays(self.layout, self.config.seed)
+            return self.first_state()
         reference = None
         if asked.delivery != "full":
             reference = self.memory.held(asked.reference_id)
@@ -120,7 +122,11 @@ class Courier:
         ) as payload:
             arrays = {name: payload.restore(name) for name in payload.names}
         path.unlink()
-        return (reference or initial_arrays(self.layout, self.config.seed)) | arrays
+        return (reference or self.first_state()) | arrays
+
+    def first_state(self) -> Arrays:
+        """Return the state that the federation starts from: the adapter's first values, control variates of zero."""
+        return self.first_values() | zeros(control_of(self.layout))
 
     def own(self, state: Arrays, round_: int) -> tuple[Arrays, str]:
         """Return the adapter that is the site's own after a round: the state's, with what the site keeps in its place.
@@ -145,13 +151,13 @@ class Courier:
     @cached_property
     def kept(self) -> Kept:
         """The adapter's tensors that stay at the site."""
-        return Kept(self.memory, self.instruction.work.kept(self.adapter), self.config.seed)
+        return Kept(self.memory, self.instruction.work.kept(self.adapter), self.first_state)
 
     def variates(self, received: Arrays) -> Variates | None:
         """Return the control variates of this round, None where the work has none."""
         if not self.instruction.work.control_variates:
             return None
-        kept = Kept(self.memory, control_of(self.layout), self.config.seed)
+        kept = Kept(self.memory, control_of(self.layout), self.first_state)
         return Variates(kept, self._last_folded, received)
 
     @property

@@ -13,6 +13,7 @@ files starts over from the first values and says so.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from safetensors import SafetensorError
@@ -21,8 +22,7 @@ from safetensors.numpy import load, save
 from client_app.memory import Memory
 from fedllm.errors import FedLLMError
 from fedllm.files import atomic_write
-from fedllm.model.initial import initial_arrays
-from fedllm.update import Arrays, Layout, check_arrays
+from fedllm.update import Arrays, Layout, check_arrays, taken
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +34,12 @@ class Kept:
     Attributes:
         memory: The site's files for this run.
         layout: The tensors.
-        seed: The run's seed, which first values are drawn from.
+        start: Makes the values that a site starts from, of these tensors and perhaps others.
     """
 
     memory: Memory
     layout: Layout
-    seed: int
+    start: Callable[[], Arrays]
 
     def after(self, round_: int) -> Arrays | None:
         """Return the values as they were after a round, or the last one before it that the site worked in; None if there
@@ -54,7 +54,7 @@ class Kept:
 
     def first(self) -> Arrays:
         """Return the values that a site starts from."""
-        return initial_arrays(self.layout, self.seed)
+        return taken(self.start(), self.layout)
 
     def keep(self, round_: int, arrays: Arrays) -> None:
         """Keep the values after a round."""

@@ -8,6 +8,7 @@ base comes from the cache on disk.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from peft import PeftModel
@@ -28,6 +29,7 @@ from fedllm.model.build import (
     adapter_target_modules,
     attach_adapter,
     cached_base,
+    first_values,
     layout_of,
     only_trainable,
     read_adapter,
@@ -36,7 +38,7 @@ from fedllm.model.build import (
 from fedllm.model.evaluate import evaluate_loss
 from fedllm.model.generate import answer, without_adapter
 from fedllm.provenance import versions
-from fedllm.update import Arrays, Layout
+from fedllm.update import Arrays, Layout, digest_arrays
 from fedllm.wire.transport import Envelope
 
 log = logging.getLogger(__name__)
@@ -73,7 +75,12 @@ class Session:
             tokenizer=self.base.tokenizer_digest,
             quantization=describe_quantization(model.quantization, model.double_quantization),
             layout=self.layout.digest,
+            initial=digest_arrays(self.first_values(), self.layout),
         )
+
+    def first_values(self) -> Arrays:
+        """Return what the federation's adapter starts from, made from the base and the run's seed alone."""
+        return first_values(self.base, self.config.spec.adapter, self.layout, self.config.seed)
 
     @property
     def target_modules(self) -> list[str]:
@@ -100,6 +107,7 @@ class Session:
             site=workplace.site,
             state_dir=workplace.state_dir,
             adapter=self.layout,
+            first_values=self.first_values,
             base=self.base.fingerprint,
             owner=workplace.owner,
             attack=simulated_attack(self.config, workplace),
@@ -145,9 +153,10 @@ class Session:
             result = train(self.model, batches, plan, drift=drift, on_step=show)
         return result, read_adapter(self.model, self.layout)
 
-    def score(self) -> Score:
-        """Evaluate the model as it is on the hold-out."""
-        totals = evaluate_loss(self.model, self.data.holdout, self.config.train.batch_size * 4)
+    def score(self, *, of_base: bool = False) -> Score:
+        """Evaluate the model as it is on the hold-out, or its base alone."""
+        with without_adapter(self.model) if of_base else nullcontext():
+            totals = evaluate_loss(self.model, self.data.holdout, self.config.train.batch_size * 4)
         return Score(
             loss=totals.loss,
             accuracy=totals.accuracy,
@@ -193,7 +202,7 @@ def open_session(instruction: Instruction, workplace: Workplace) -> Session:
     """
     config = instruction.read_config()
     base = cached_base(config.model, home=workplace.home, cache_dir=workplace.cache_dir, device=workplace.device)
-    model = attach_adapter(base, config.adapter)
+    model = attach_adapter(base, config.spec.adapter)
     return Session(
         workplace=workplace,
         config=config,

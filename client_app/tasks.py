@@ -10,13 +10,17 @@ from pathlib import Path
 from client_app.courier import LOST, Courier
 from client_app.session import Session, open_session
 from client_app.training import DriftControl
+from client_app.transports import build_transport
 from client_app.workplace import Workplace
+from fedllm.codecs.payload import encode_payload
 from fedllm.errors import TransportError, explain
 from fedllm.messages import (
     AnyMessage,
     DataCounts,
     EvaluateInstruction,
     EvaluateReport,
+    FirstStateInstruction,
+    FirstStateReport,
     Hello,
     Introduction,
     LocalOnlyInstruction,
@@ -41,6 +45,8 @@ def perform(instruction: AnyMessage, envelope: Envelope, workplace: Workplace) -
     match instruction:
         case Hello():
             return greet(instruction, workplace)
+        case FirstStateInstruction():
+            return make_first_state(instruction, envelope, workplace)
         case TrainInstruction():
             return train_round(instruction, envelope, workplace)
         case EvaluateInstruction():
@@ -75,6 +81,17 @@ def greet(instruction: Hello, workplace: Workplace) -> Answer:
     )
     log.info("%s is ready: %s", workplace.site, session.summary)
     return introduction, None
+
+
+def make_first_state(instruction: FirstStateInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
+    """Hand in what the adapter starts from, which the server cannot make without the base."""
+    session = open_session(instruction, workplace)
+    path, base = workplace.state_dir / "first.payload", session.base.fingerprint
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encode_payload(path, session.first_values(), session.layout, kind="state", round_=0, base=base, pipeline="fp32")
+    back = build_transport(envelope, workplace.owner).push(envelope, path)
+    path.unlink()
+    return FirstStateReport(site=workplace.site), back
 
 
 def train_round(instruction: TrainInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
@@ -142,13 +159,16 @@ def _train(session: Session, instruction: TrainInstruction, courier: Courier) ->
 
 
 def evaluate(instruction: EvaluateInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
-    """Evaluate the state, with what the site keeps in its place, on the hold-out; answer the prompt if there is one."""
+    """Evaluate the state, with what the site keeps in its place, on the hold-out; answer the prompt if there is one.
+
+    Before the first round that is the base alone: a soft prompt that was not trained yet already changes what it computes.
+    """
     started = time.perf_counter()
     session = open_session(instruction, workplace)
     courier = session.courier(instruction, envelope)
     adapter, _ = courier.own(courier.obtain(), instruction.round)
     session.load(adapter)
-    score = session.score()
+    score = session.score(of_base=instruction.round == 0)
     base, tuned = session.answer(instruction.prompt) if instruction.prompt else ("", "")
     report = EvaluateReport(
         site=workplace.site,

@@ -24,6 +24,7 @@ class Agreement(BaseModel):
         tokenizer: Digest of the tokenizer and its chat template.
         quantization: How the base is held, for example ``nf4+double``.
         layout: Digest of the adapter's layout.
+        initial: Digest of the values that the adapter starts from, which every party makes for itself.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +35,7 @@ class Agreement(BaseModel):
     tokenizer: str
     quantization: str
     layout: str
+    initial: str
 
 
 def differences(expected: Agreement, found: Agreement) -> list[str]:

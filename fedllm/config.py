@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fedllm.errors import ConfigError, explain
-from fedllm.model.spec import BaseSpec, LoraSpec, ModelSpec, Section
+from fedllm.model.spec import AdapterConfig, BaseSpec, ModelSpec, Section
 
 Scalar = str | int | float | bool
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -297,7 +297,7 @@ class RunConfig(Section):
     """Checkpoints kept on disk."""
 
     model: BaseSpec = BaseSpec()
-    adapter: LoraSpec = LoraSpec()
+    adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     simulation: SimulationConfig = SimulationConfig()
     train: TrainConfig = TrainConfig()
@@ -309,7 +309,7 @@ class RunConfig(Section):
     @property
     def spec(self) -> ModelSpec:
         """The base and adapter that the run trains."""
-        return ModelSpec(base=self.model, adapter=self.adapter)
+        return ModelSpec(base=self.model, adapter=self.adapter.spec)
 
     @property
     def total_steps(self) -> int:
@@ -325,6 +325,8 @@ class RunConfig(Section):
             raise ValueError("transport.tls_certificate and transport.tls_key belong together; one of them is missing")
         if transport.tls_certificate and transport.insecure:
             raise ValueError("transport.insecure contradicts transport.tls_certificate; remove one of them")
+        if self.adapter.kind == "prefix" and self.model.gradient_checkpointing:
+            raise ValueError("model.gradient_checkpointing cannot recompute a prefix (adapter.kind='prefix')")
         return self
 
 

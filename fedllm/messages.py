@@ -90,6 +90,19 @@ class Introduction(Message):
     base_from_cache: bool
 
 
+class FirstStateInstruction(Instruction):
+    """Make the first global state and hand it in, because it starts from the base, which the server does not have."""
+
+    kind: Literal["first-state"] = "first-state"
+
+
+class FirstStateReport(Message):
+    """The first global state travels beside it."""
+
+    kind: Literal["first-state-made"] = "first-state-made"
+    site: Name
+
+
 Delivery = Literal["held", "initial", "full", "difference"]
 
 
@@ -98,7 +111,7 @@ class StateInstruction(Instruction):
 
     Attributes:
         state_id: Name of the state: :func:`fedllm.update.digest_arrays` of what a site decodes.
-        delivery: How the site gets it: it holds it already, it draws it from the seed, it fetches it whole, or it
+        delivery: How the site gets it: it holds it already, it makes the first one for itself, it fetches it whole, or it
             fetches the difference to the state `reference_id`, which it holds.
         tensors: Names of the tensors that are fetched, empty for all. The others are as in the state `reference_id`, or,
             where the state is fetched whole, as in the first one.
@@ -159,7 +172,7 @@ class TrainReport(Message):
 
 
 class EvaluateInstruction(StateInstruction):
-    """Evaluate the global state on the site's hold-out.
+    """Evaluate the global state on the site's hold-out; in round 0 the base alone.
 
     Attributes:
         prompt: A question to answer with the base and with the state, empty for none.
@@ -233,6 +246,8 @@ class Failure(Message):
 AnyMessage = Annotated[
     Hello
     | Introduction
+    | FirstStateInstruction
+    | FirstStateReport
     | TrainInstruction
     | TrainReport
     | EvaluateInstruction

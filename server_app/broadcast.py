@@ -5,7 +5,7 @@ downlink the two differ; what the codec dropped stays in the difference to the n
 error feedback). A site gets a state in one of four ways:
 
 - *held*: it decoded it before, for an evaluation, say; nothing travels;
-- *initial*: the first state is drawn from the seed at both ends; nothing travels;
+- *initial*: every site makes the first state for itself, from the seed and its base; nothing travels;
 - *difference*: it holds the state before and fetches the encoded difference;
 - *full*: it missed a state and fetches this one whole, as float32, so that it decodes the very same bits.
 
@@ -24,7 +24,7 @@ from fedllm.codecs.payload import encode_payload, open_payload
 from fedllm.codecs.pipeline import parse
 from fedllm.config import RunConfig
 from fedllm.messages import Delivery
-from fedllm.model.initial import initial_arrays
+from fedllm.model.initial import drawn_arrays
 from fedllm.update import Arrays, Layout, digest_arrays, taken
 from fedllm.wire.transport import ServerTransport
 from server_app.checkpoint import RunState
@@ -52,10 +52,10 @@ class Broadcast:
     Attributes:
         round: Rounds that it is the result of.
         state_id: Its name.
-        arrays: What a site decodes.
+        arrays: What a site decodes; empty for the first state once the federation has left it.
         reference_id: The state that the difference is to, empty if there is no difference.
         difference: The encoded difference, None if there is none.
-        is_initial: It is the one that is drawn from the seed.
+        is_initial: It is the first one, which every site makes for itself.
     """
 
     round: int
@@ -99,8 +99,8 @@ class Broadcaster:
 
     def initial(self, state: RunState) -> Broadcast:
         """Return the broadcast of the first state, which needs no bytes."""
-        arrays = initial_arrays(state.layout, self._config.seed)
-        return Broadcast(0, digest_arrays(arrays, state.layout), arrays, is_initial=True)
+        arrays = {} if state.round else state.params
+        return Broadcast(0, state.first_id, arrays, is_initial=True)
 
     def parcel(self, site: str, broadcast: Broadcast, state: RunState) -> Parcel:
         """Choose the cheapest way for one site."""
@@ -128,7 +128,7 @@ class Broadcaster:
             return self.initial(state)
         path = self._folder / f"state-{state.round:05d}.payload"
         refers = self._pipeline.needs_reference
-        rest = state.sent if refers else initial_arrays(state.layout, self._config.seed)
+        rest = state.sent if refers else drawn_arrays(state.layout, self._config.seed)
         part = _moved(state) if refers else _different(state.params, rest, state.layout)
         reference = taken(rest, part) if refers else None
         reference_id = digest_arrays(state.sent, state.layout) if refers else ""
@@ -156,7 +156,7 @@ class Broadcaster:
         if broadcast.state_id not in self._full:
             path = self._folder / f"full-{broadcast.round:05d}.payload"
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = _different(broadcast.arrays, initial_arrays(state.layout, self._config.seed), state.layout)
+            part = _different(broadcast.arrays, drawn_arrays(state.layout, self._config.seed), state.layout)
             info = encode_payload(
                 path,
                 taken(broadcast.arrays, part),
@@ -175,9 +175,10 @@ def _moved(state: RunState) -> Layout:
     return state.layout.only(state.moved) if state.moved else state.layout
 
 
-def _different(arrays: Arrays, initial: Arrays, layout: Layout) -> Layout:
+def _different(arrays: Arrays, drawn: Arrays, layout: Layout) -> Layout:
     """Return the tensors that are not as they were drawn; all where none differs, since a package is never empty."""
-    part = layout.only([name for name in layout.names if not np.array_equal(arrays[name], initial[name])])
+    names = [name for name in layout.names if name not in drawn or not np.array_equal(arrays[name], drawn[name])]
+    part = layout.only(names)
     return part if part.tensors else layout
 
 

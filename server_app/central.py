@@ -5,6 +5,7 @@ Off by default (`evaluation.central_source`), so that a server needs neither a G
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from fedllm.config import RunConfig
@@ -32,11 +33,13 @@ def central_score(config: RunConfig, home: Path, state: RunState) -> dict[str, f
     from fedllm.model.build import attach_adapter, cached_base, write_adapter
     from fedllm.model.cache import default_cache_dir
     from fedllm.model.evaluate import evaluate_loss
+    from fedllm.model.generate import without_adapter
 
     base = cached_base(config.model, home=home, cache_dir=default_cache_dir(), device="auto")
-    model = attach_adapter(base, config.adapter)
+    model = attach_adapter(base, config.spec.adapter)
     write_adapter(model, state.adapter_layout, state.adapter)
     examples = load_examples(source, config.data.format, home, deduplicate=config.data.deduplicate)
     sequences, _ = encode(examples, base.tokenizer, config.data.max_length)
-    totals = evaluate_loss(model, sequences, config.train.batch_size * 4)
+    with nullcontext() if state.round else without_adapter(model):  # round 0 is the base alone
+        totals = evaluate_loss(model, sequences, config.train.batch_size * 4)
     return {"loss": totals.loss, "accuracy": totals.accuracy, "num_tokens": totals.num_targets}

@@ -49,6 +49,7 @@ class RunState:
         layout: The state's layout: the adapter's tensors, then what the strategy sends beside them.
         target_modules: Names of the adapted modules, for PEFT's config.
         agreement: What every site holds.
+        first_id: Name of the state that the federation started from (:func:`fedllm.update.digest_arrays`).
         moved: Names of the tensors that the last round moved, empty for all.
     """
 
@@ -59,6 +60,7 @@ class RunState:
     layout: Layout
     target_modules: tuple[str, ...]
     agreement: Agreement
+    first_id: str
     moved: tuple[str, ...] = ()
 
     @property
@@ -114,6 +116,7 @@ def _write(folder: Path, state: RunState) -> None:
         "layout": state.layout.to_json(),
         "target_modules": list(state.target_modules),
         "agreement": state.agreement.model_dump(),
+        "first_id": state.first_id,
         "files": digests,
     }
     (folder / _STATE).write_text(json.dumps(document, indent=1))
@@ -162,6 +165,7 @@ def _read(folder: Path) -> RunState:
         layout=layout,
         target_modules=tuple(document["target_modules"]),
         agreement=Agreement.model_validate(document["agreement"]),
+        first_id=document["first_id"],
         moved=tuple(document.get("moved", ())),
     )
 

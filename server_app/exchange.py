@@ -26,7 +26,13 @@ log = logging.getLogger(__name__)
 POLL_S = 0.25
 """Seconds between looks for replies."""
 
-_TYPES = {"hello": "query", "train": "train", "evaluate": "evaluate", "local-only": "train.local_only"}
+_TYPES = {
+    "hello": "query",
+    "first-state": "query",
+    "train": "train",
+    "evaluate": "evaluate",
+    "local-only": "train.local_only",
+}
 
 
 @dataclass(frozen=True)

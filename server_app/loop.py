@@ -20,11 +20,11 @@ from fedllm.errors import FedLLMError, QuorumError, explain
 from fedllm.manifest import Manifest, SiteCounts
 from fedllm.messages import Introduction
 from fedllm.model.export import save_peft_adapter
-from fedllm.model.initial import initial_arrays
-from fedllm.update import Layout
+from fedllm.update import Layout, digest_arrays
 from server_app.checkpoint import RunState, save_checkpoint
 from server_app.evaluation import Scores, ask_prompt, evaluate, local_only
 from server_app.federation import Federation
+from server_app.first import first_arrays
 from server_app.report import build_report
 from server_app.training import train_round
 from server_app.transports import SPOOL
@@ -62,7 +62,7 @@ class Loop:
             self._finish(state)
 
     def _first_state(self) -> RunState:
-        """Make the first global adapter from the layout alone; the server needs no base for it."""
+        """Make the first global adapter from what the sites state; the server needs no base for it."""
         roster, introduction = self.federation.roster, self._introduction()
         work = self.federation.strategy.work.at(1)
         layout = work.state(Layout.from_json(introduction.layout))
@@ -70,7 +70,7 @@ class Loop:
         sent = work.sent(layout)  # refuses an adapter that the strategy does not fit
         parse(self.federation.config.transport.downlink).check(layout)
         parse(self.federation.config.transport.uplink).check(sent)
-        arrays = initial_arrays(layout, self.federation.config.seed)
+        arrays = first_arrays(self.federation, layout, roster.agreement)
         return RunState(
             round=0,
             params=arrays,
@@ -79,6 +79,7 @@ class Loop:
             layout=layout,
             target_modules=tuple(introduction.target_modules),
             agreement=roster.agreement,
+            first_id=digest_arrays(arrays, layout),
         )
 
     def _introduction(self) -> Introduction:

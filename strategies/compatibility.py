@@ -19,6 +19,8 @@ from strategies.robust.coordinates import num_trimmed
 Question = Callable[[RunConfig], bool]
 
 FEATURES: dict[str, Question] = {
+    "adapter.kind = 'lora'": lambda config: config.adapter.kind == "lora",
+    "an adapter.kind other than 'lora'": lambda config: config.adapter.kind != "lora",
     "transport.uplink with segment": lambda config: _uplink_has(config, "segment"),
     "transport.uplink with topk": lambda config: _uplink_has(config, "topk"),
     "strategy.robust_on = 'products'": lambda config: config.strategy.robust_on == "products",
@@ -58,13 +60,21 @@ _MEAN_OF_FACTORS = {
 _ONE_FACTOR = {
     "strategy.robust_on = 'products'": "an update holds one factor only, and the other one is not known to the server"
 }
+_ON_FACTORS = {"an adapter.kind other than 'lora'": "the strategy is about LoRA's two factors"}
+_ON_SOFT_PROMPTS = {"adapter.kind = 'lora'": "the strategy is about soft prompts"}
+_NO_PRODUCTS = {"strategy.robust_on = 'products'": "a soft prompt has no products"}
 
 REFUSALS: dict[str, Mapping[str, str]] = {
+    "adapter.kind = 'lora'": {},
+    "adapter.kind = 'prompt'": _NO_PRODUCTS,
+    "adapter.kind = 'prefix'": _NO_PRODUCTS,
+    "adapter.kind = 'ptuning'": _NO_PRODUCTS,
     "strategy.name = 'fedavg'": _MEAN_OF_FACTORS,
+    "strategy.name = 'fedprompt'": _ON_SOFT_PROMPTS,
     "strategy.name = 'fedprox'": _MEAN_OF_FACTORS,
-    "strategy.name = 'fedsa-lora'": _ONE_FACTOR,
-    "strategy.name = 'ffa-lora'": {},
-    "strategy.name = 'rolora'": _MEAN_OF_FACTORS,
+    "strategy.name = 'fedsa-lora'": {**_ONE_FACTOR, **_ON_FACTORS},
+    "strategy.name = 'ffa-lora'": _ON_FACTORS,
+    "strategy.name = 'rolora'": {**_MEAN_OF_FACTORS, **_ON_FACTORS},
     "strategy.aggregator = 'mean'": {},
     "strategy.aggregator = 'median'": _BY_COORDINATE,
     "strategy.aggregator = 'trimmed-mean'": _BY_COORDINATE,
@@ -190,6 +200,7 @@ def _out_of_bounds(config: RunConfig) -> Iterator[str]:
 
 
 def _choices(config: RunConfig) -> Iterator[str]:
+    yield f"adapter.kind = {config.adapter.kind!r}"
     yield f"strategy.name = {config.strategy.name!r}"
     yield f"strategy.aggregator = {config.strategy.aggregator!r}"
     if config.strategy.norm_bound != 0:

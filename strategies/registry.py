@@ -11,6 +11,7 @@ from collections.abc import Callable
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, explain
 from strategies.fedavg import fedavg
+from strategies.fedprompt import fedprompt
 from strategies.fedprox import fedprox
 from strategies.fedsa_lora import fedsa_lora
 from strategies.ffa_lora import ffa_lora
@@ -22,6 +23,7 @@ Recipe = Callable[[RunConfig], Strategy]
 
 RECIPES: dict[str, Recipe] = {
     "fedavg": fedavg,
+    "fedprompt": fedprompt,
     "fedprox": fedprox,
     "fedsa-lora": fedsa_lora,
     "ffa-lora": ffa_lora,

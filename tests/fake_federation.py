@@ -52,8 +52,20 @@ LAYOUT = Layout(
     )
 )
 AGREEMENT = Agreement(
-    fedllm_version="1", flower_version="2", base="b" * 64, tokenizer="t", quantization="nf4", layout=LAYOUT.digest
+    fedllm_version="1",
+    flower_version="2",
+    base="b" * 64,
+    tokenizer="t",
+    quantization="nf4",
+    layout=LAYOUT.digest,
+    initial=digest_arrays(initial_arrays(LAYOUT, 42), LAYOUT),
 )
+
+
+def first_values() -> Arrays:
+    """Return what the adapter starts from."""
+    return initial_arrays(LAYOUT, 42)
+
 
 Handler = Callable[[FlowerMessage], FlowerMessage | None]
 
@@ -205,9 +217,10 @@ class QuadraticSite:
             arrays = {name: payload.restore(name) for name in payload.names}
         return (reference or initial_arrays(LAYOUT, 42)) | arrays
 
-    def moved(self, state: Arrays, part: Layout = LAYOUT) -> Arrays:
+    def moved(self, state: Arrays, part: Layout | None = None) -> Arrays:
+        names = part.names if part else tuple(state)
         return state | {
-            name: state[name] + np.float32(self.rate) * (self.optimum[name] - state[name]) for name in part.names
+            name: state[name] + np.float32(self.rate) * (self.optimum[name] - state[name]) for name in names
         }
 
     def score(self, state: Arrays) -> Score:
@@ -295,6 +308,7 @@ class LocalSite(QuadraticSite):
             site=self.name,
             state_dir=self.folder,
             adapter=LAYOUT,
+            first_values=first_values,
             base=self.agreement.base,
             owner=None,
         )

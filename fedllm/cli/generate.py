@@ -64,17 +64,19 @@ def _load(folder: RunFolder, manifest: Manifest, adapter: Path | None, limit: in
     # Imported here because torch takes seconds, and no other subcommand needs it.
     from fedllm.model.build import attach_adapter, layout_of, load_base, write_adapter
     from fedllm.model.cache import default_cache_dir
-    from fedllm.model.export import load_peft_adapter
+    from fedllm.model.export import load_peft_adapter, served_as
     from fedllm.model.generate import answer, without_adapter
+    from fedllm.model.prompts.tensors import imported
 
     spec = manifest.run_config.spec
     if sys.stderr.isatty():
         print("loading the base; quantizing it the first time takes a minute ...", file=sys.stderr)
     base = load_base(spec.base, home=folder.path.parents[1], cache_dir=default_cache_dir(), device=device)
     _check_base(manifest, base.fingerprint)
-    model = attach_adapter(base, spec.adapter)
+    model = attach_adapter(base, served_as(spec.adapter))
     if adapter is not None:
-        write_adapter(model, layout_of(model), load_peft_adapter(adapter))
+        layout = layout_of(model)
+        write_adapter(model, layout, imported(load_peft_adapter(adapter), layout))
 
     def ask(prompt: str) -> str:
         with without_adapter(model) if adapter is None else nullcontext():

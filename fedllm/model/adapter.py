@@ -1,7 +1,8 @@
-"""A LoRA adapter on a loaded base: attach it, describe it, read and write its values.
+"""An adapter on a loaded base: attach it, describe it, read and write its values.
 
-The layout lists the tensors under the names that PEFT gives them in its files, in the order of the model's modules, so
-the same base and spec give the same layout everywhere.
+The layout lists the tensors in the order of the model's modules, so the same base and spec give the same layout
+everywhere. LoRA's factors have the names that PEFT gives them in its files; those of soft prompts are in
+:mod:`fedllm.model.prompts.tensors`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from transformers import PreTrainedModel
 
 from fedllm.errors import LayoutError, ModelError, explain
 from fedllm.model.initial import initial_arrays
+from fedllm.model.prompts import attach as prompts
+from fedllm.model.prompts.tensors import role_of
 from fedllm.model.quantize import linear_names
-from fedllm.model.spec import LoraSpec
+from fedllm.model.spec import AdapterSpec, LoraSpec, PrefixSpec, PromptSpec
 from fedllm.update import Arrays, Layout, TensorSpec, check_arrays
 
 if TYPE_CHECKING:
@@ -29,26 +32,38 @@ if TYPE_CHECKING:
 _ADAPTER = "default"
 
 
-def attach_adapter(base: LoadedBase, adapter: LoraSpec) -> PeftModel:
+def attach_adapter(base: LoadedBase, adapter: AdapterSpec) -> PeftModel:
     """Put an adapter on a base, in place of the one that it carries; an equal one is taken again.
 
-    The adapter starts with the values of seed 0 and `B = 0`, so the model computes what the base computes until values
-    are written. Its parameters are float32 and all that is trainable.
+    The adapter has the first values of seed 0 until others are written; with LoRA's `B = 0` the model then computes what
+    the base computes. Its parameters are float32 and all that is trainable.
 
     Raises:
-        ModelError: The target modules are not in the model.
+        ModelError: The target modules are not in the model, or a prefix meets gradient checkpointing.
     """
     slot = base.attached
     if slot.adapter != adapter or slot.model is None:
+        if isinstance(adapter, PrefixSpec) and base.spec.gradient_checkpointing:
+            raise ModelError(explain("gradient checkpointing cannot recompute a prefix", fix="Turn one of them off."))
         _detach(base)
         slot.model, slot.adapter = _wrap(base.model, adapter), adapter
         if base.spec.gradient_checkpointing:
             # Without re-entrance the inputs need no gradient, and the first layers no backward pass.
             base.model.activation_checkpointing_enable({"use_reentrant": False})
     layout = layout_of(slot.model)
-    write_adapter(slot.model, layout, initial_arrays(layout, seed=0))
+    write_adapter(slot.model, layout, first_values(base, adapter, layout, seed=0))
     slot.model.eval()
     return slot.model
+
+
+def first_values(base: LoadedBase, adapter: AdapterSpec, layout: Layout, seed: int) -> Arrays:
+    """Return the values that an adapter starts from, the same bits wherever base, layout and seed are the same.
+
+    Those of a prompt are rows of the base's vocabulary; all others need no base (:func:`initial_arrays`).
+    """
+    return (
+        prompts.first_prompt(base, adapter, seed) if isinstance(adapter, PromptSpec) else initial_arrays(layout, seed)
+    )
 
 
 def layout_of(model: PeftModel) -> Layout:
@@ -99,7 +114,9 @@ def only_trainable(model: PeftModel, part: Layout) -> Iterator[dict[str, torch.n
 
 
 def adapter_target_modules(model: PeftModel) -> list[str]:
-    """Return the names of the adapted modules as PEFT's config wants them, sorted."""
+    """Return the names of the adapted modules as PEFT's config wants them, sorted; a soft prompt adapts none."""
+    if prompts.is_soft_prompt(model):
+        return []
     config: Any = model.peft_config[_ADAPTER]
     targets = config.target_modules
     return [targets] if isinstance(targets, str) else sorted(targets)
@@ -107,12 +124,25 @@ def adapter_target_modules(model: PeftModel) -> list[str]:
 
 def _detach(base: LoadedBase) -> None:
     if base.attached.model is not None:
-        base.attached.model.unload()
+        if not prompts.is_soft_prompt(base.attached.model):  # which leaves the base as it is
+            base.attached.model.unload()
         base.attached.model = base.attached.adapter = None
 
 
-def _wrap(model: PreTrainedModel, adapter: LoraSpec) -> PeftModel:
-    config = LoraConfig(
+def _wrap(model: PreTrainedModel, adapter: AdapterSpec) -> PeftModel:
+    config = _lora_config(model, adapter) if isinstance(adapter, LoraSpec) else prompts.peft_config(adapter)
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5 for a property under its old name; can go when it asks for the new one.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        wrapped = get_peft_model(model, config)
+    assert isinstance(wrapped, PeftModel), "PEFT's mixed models are not asked for"
+    if prompts.is_soft_prompt(wrapped):
+        prompts.take_apart(wrapped)
+    return wrapped
+
+
+def _lora_config(model: PreTrainedModel, adapter: LoraSpec) -> LoraConfig:
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT divides it by r; a float is as good
@@ -120,12 +150,6 @@ def _wrap(model: PreTrainedModel, adapter: LoraSpec) -> PeftModel:
         use_rslora=adapter.rslora,
         target_modules=_targets(model, adapter.target_modules),
     )
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5 for a property under its old name; can go when it asks for the new one.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        wrapped = get_peft_model(model, config)
-    assert isinstance(wrapped, PeftModel), "PEFT's mixed models are not asked for"
-    return wrapped
 
 
 def _targets(model: PreTrainedModel, wanted: str) -> str | list[str]:
@@ -176,14 +200,17 @@ def _matches_any(model: PreTrainedModel, name: str) -> bool:
 
 
 def _parameters(model: PeftModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield the adapter's parameters under the names of PEFT's files, which leave the adapter's own name out."""
+    """Yield the adapter's parameters by tensor name."""
+    if prompts.is_soft_prompt(model):
+        yield from prompts.parameters(model)
+        return
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name:  # PEFT's files leave the adapter's own name out
             yield name.replace(f".{_ADAPTER}.", "."), parameter
 
 
 def _role(name: str) -> str:
-    return "lora_A" if ".lora_A." in name else "lora_B" if ".lora_B." in name else "other"
+    return "lora_A" if ".lora_A." in name else "lora_B" if ".lora_B." in name else role_of(name)
 
 
 def _matching(model: PeftModel, layout: Layout) -> dict[str, torch.nn.Parameter]:

@@ -9,7 +9,11 @@ arrangements do that:
   windows). transformers makes each layer's mask itself from positions that restart.
 - ``flat``: all sequences in one row, without padding, for kernels that take lengths instead of masks (FlashAttention).
 
-Shape legend: B sequences, L tokens of the longest one, T targets, V vocabulary, H hidden size.
+A soft prompt comes before every example, packed or not: a prompt has places in the sequence, before each example; a prefix
+is in the cache, where all examples of a row share it. A cache goes with the first arrangement only, so under the others
+examples with a prefix are unpacked into rows.
+
+Shape legend: B sequences, L tokens of the longest one (a prompt's places included), T targets, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from torch import nn
 
 from fedllm.data.sequences import Sequence
 from fedllm.errors import DataError, explain
+from fedllm.model.prompts.forward import cached, embeddings, num_virtual_tokens
+from fedllm.model.prompts.places import REAL, unpacked, with_places
 
 Arrangement = Literal["mask", "positions", "flat"]
 
@@ -43,7 +49,8 @@ class Batch:
         target_rows: int64 [T], row of each target.
         target_columns: int64 [T], column of the token that *predicts* it, one before its own.
         targets: int64 [T], the token to predict.
-        num_tokens: Tokens without padding.
+        num_tokens: Tokens without padding and without virtual ones.
+        virtual: int64 [B, L], number of the virtual token at a place, -1 where there is a real one; None without a prompt.
     """
 
     input_ids: torch.Tensor
@@ -53,6 +60,7 @@ class Batch:
     target_columns: torch.Tensor
     targets: torch.Tensor
     num_tokens: int
+    virtual: torch.Tensor | None = None
 
 
 def arrangement_for(model: nn.Module) -> Arrangement:
@@ -77,8 +85,13 @@ def collate(sequences: Iterable[Sequence], model: nn.Module, arrangement: Arrang
     """
     rows = list(sequences)
     _check(rows)
+    num_tokens = sum(map(len, rows))
     arrangement = arrangement or arrangement_for(model)
+    num_places, num_cached = num_virtual_tokens(model)
+    if num_cached and arrangement != "mask":
+        rows, arrangement = [part for row in rows for part in unpacked(row)], "mask"
     rows = [_joined(rows)] if arrangement == "flat" else rows
+    rows, virtual = _with_prompts(rows, num_places)
     segments = _padded([row.segment_ids for row in rows])  # [B, L]
     is_target = _padded([row.target_mask for row in rows]).astype(bool)  # [B, L]
     ids = _padded([row.input_ids for row in rows]).astype(np.int64)  # [B, L]
@@ -94,7 +107,8 @@ def collate(sequences: Iterable[Sequence], model: nn.Module, arrangement: Arrang
         target_rows=tensors[2],
         target_columns=tensors[3],
         targets=tensors[4],
-        num_tokens=sum(map(len, rows)),
+        num_tokens=num_tokens,
+        virtual=None if virtual is None else torch.from_numpy(virtual).to(device),
     )
 
 
@@ -113,16 +127,30 @@ def target_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
 
     handle = head.register_forward_pre_hook(pick)
     try:
-        output = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-        )
+        output = _forward(model, batch)
     finally:
         handle.remove()
     logits: torch.Tensor = output.logits
     return logits
+
+
+def _forward(model: Any, batch: Batch) -> Any:
+    """Call the model, and where it has a soft prompt, its base with the virtual tokens in their places."""
+    _, num_cached = num_virtual_tokens(model)
+    ids, positions, mask = batch.input_ids, batch.position_ids, batch.attention_mask
+    if batch.virtual is not None:
+        inputs = {"inputs_embeds": embeddings(model, ids, batch.virtual)}
+        return model.get_base_model()(**inputs, position_ids=positions, attention_mask=mask, use_cache=False)
+    if num_cached:
+        return model.get_base_model()(input_ids=ids, **cached(model, positions, mask, num_cached), use_cache=False)
+    return model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+
+
+def _with_prompts(rows: list[Sequence], num_places: int) -> tuple[list[Sequence], NDArray[np.int64] | None]:
+    if not num_places:
+        return rows, None
+    longer, virtual = zip(*(with_places(row, num_places) for row in rows), strict=True)
+    return list(longer), _padded(list(virtual), REAL)
 
 
 def _check(rows: list[Sequence]) -> None:
@@ -144,8 +172,8 @@ def _joined(rows: list[Sequence]) -> Sequence:
     )
 
 
-def _padded(rows: list[NDArray[Any]]) -> NDArray[Any]:
-    table = np.full((len(rows), max(map(len, rows))), _PADDING, rows[0].dtype)
+def _padded(rows: list[NDArray[Any]], filler: int = _PADDING) -> NDArray[Any]:
+    table = np.full((len(rows), max(map(len, rows))), filler, rows[0].dtype)
     for line, row in zip(table, rows, strict=True):
         line[: len(row)] = row
     return table

@@ -39,6 +39,7 @@ from fedllm.model import cache, fingerprint
 from fedllm.model.adapter import (
     adapter_target_modules,
     attach_adapter,
+    first_values,
     layout_of,
     only_trainable,
     read_adapter,
@@ -46,13 +47,14 @@ from fedllm.model.adapter import (
 )
 from fedllm.model.quantize import assemble, stored_tensors
 from fedllm.model.source import BaseFiles, resolve
-from fedllm.model.spec import BaseSpec, LoraSpec
+from fedllm.model.spec import AdapterSpec, BaseSpec
 
 __all__ = [
     "LoadedBase",
     "adapter_target_modules",
     "attach_adapter",
     "cached_base",
+    "first_values",
     "layout_of",
     "load_base",
     "only_trainable",
@@ -70,7 +72,7 @@ class Slot:
     """The adapter that a base carries at the moment."""
 
     model: PeftModel | None = None
-    adapter: LoraSpec | None = None
+    adapter: AdapterSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 The folder is what users take away, and PEFT reads it without fedllm: ``PeftModel.from_pretrained(base, folder)``. Each of
 its two files is replaced whole, the config first, so a reader never meets weights without their scale.
+
+LoRA's factors are saved under the names of the layout. A soft prompt is one tensor in PEFT's files; of P-tuning that is the
+prompt which its network computes, so what was trained as P-tuning is read back as a prompt (:func:`served_as`).
 """
 
 from __future__ import annotations
@@ -15,8 +18,11 @@ from safetensors.numpy import load, save
 
 from fedllm.errors import ModelError, explain
 from fedllm.files import atomic_write
-from fedllm.model.spec import LoraSpec, ModelSpec
+from fedllm.model.prompts.tensors import EXPORTED, exported
+from fedllm.model.spec import AdapterSpec, LoraSpec, ModelSpec, PromptSpec, PtuningSpec
 from fedllm.update import Arrays, Layout, check_arrays
+
+_PEFT_TYPES = {"prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING", "ptuning": "P_TUNING"}
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -34,10 +40,10 @@ def save_peft_adapter(
 
     Args:
         folder: Where; made if missing.
-        layout: The adapter's tensors, under PEFT's names.
+        layout: The adapter's tensors.
         arrays: Their values, checked before anything is written.
-        spec: Rank, alpha, dropout and scale rule are taken from it.
-        target_modules: Names of the adapted modules.
+        spec: What PEFT has to know of the adapter is taken from it.
+        target_modules: Names of the adapted modules, for LoRA.
         base_name_or_path: What the config says about the base, for people; PEFT does not check it.
 
     Raises:
@@ -45,16 +51,25 @@ def save_peft_adapter(
         NonFiniteError: A value is NaN or infinite.
     """
     check_arrays(arrays, layout, f"the adapter for {folder}")
+    is_lora = isinstance(spec.adapter, LoraSpec)
+    tensors = {name: arrays[name] for name in layout.names} if is_lora else {EXPORTED: exported(arrays, layout)}
     config = _peft_config(spec.adapter, target_modules, base_name_or_path)
     # PEFT asks the metadata for the framework that wrote the file and refuses none; "pt" is what it writes itself.
-    weights = save({name: np.ascontiguousarray(arrays[name]) for name in layout.names}, metadata={"format": "pt"})
+    weights = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata={"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
     atomic_write(folder / WEIGHTS_FILE, weights)
 
 
+def served_as(adapter: AdapterSpec) -> AdapterSpec:
+    """Return what an exported adapter is read back as: P-tuning as the prompt that it computed, others as they are."""
+    return PromptSpec(num_virtual_tokens=adapter.num_virtual_tokens) if isinstance(adapter, PtuningSpec) else adapter
+
+
 def load_peft_adapter(folder: Path) -> Arrays:
-    """Read an adapter's values as float32.
+    """Read an adapter's values as float32, under the names of PEFT's file.
+
+    Those of a soft prompt become the tensors of a layout with :func:`fedllm.model.prompts.tensors.imported`.
 
     Raises:
         ModelError: The weights are missing or not safetensors.
@@ -69,13 +84,18 @@ def load_peft_adapter(folder: Path) -> Arrays:
     return {name: np.asarray(value, np.float32) for name, value in tensors.items()}
 
 
-def _peft_config(adapter: LoraSpec, target_modules: list[str], base: str) -> dict[str, object]:
+def _peft_config(adapter: AdapterSpec, target_modules: list[str], base: str) -> dict[str, object]:
     """Return the settings that decide what the adapter computes; PEFT fills in its defaults for the rest."""
+    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
+    if isinstance(adapter, LoraSpec):
+        return common | _lora_config(adapter, target_modules)
+    sizes = {"num_virtual_tokens": adapter.num_virtual_tokens, "num_transformer_submodules": 1}
+    return common | sizes | {"peft_type": _PEFT_TYPES[adapter.kind]}
+
+
+def _lora_config(adapter: LoraSpec, target_modules: list[str]) -> dict[str, object]:
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
         "r": adapter.rank,
         "lora_alpha": int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,
         "lora_dropout": adapter.dropout,

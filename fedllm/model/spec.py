@@ -10,11 +10,11 @@ import hashlib
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Quantization = Literal["none", "int8", "nf4"]
 ComputeDtype = Literal["float32", "bfloat16"]
-AdapterKind = Literal["lora"]
+AdapterKind = Literal["lora", "prompt", "prefix", "ptuning"]
 
 _SOURCE = re.compile(r"(hf:[\w.-]+/[\w.-]+(@[\w./-]+)?|path:.+|pkg:[A-Za-z_]\w*/.+)")
 
@@ -53,11 +53,8 @@ class BaseSpec(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
-class LoraSpec(Section):
-    """Low-rank adaptation: `W = W0 + s B A`, `s = alpha / rank` (Hu et al., LoRA, arXiv 2106.09685)."""
-
-    kind: AdapterKind = "lora"
-    """What is trained: `lora`."""
+class LoraSettings(Section):
+    """What low-rank adaptation can be told."""
 
     rank: int = Field(8, ge=1, le=1024)
     """Rank r of the LoRA factors."""
@@ -66,13 +63,108 @@ class LoraSpec(Section):
     """LoRA alpha; the adapter's scale is alpha/rank, or alpha/sqrt(rank) with `rslora`."""
 
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapter's input while training, as a probability."""
+    """Dropout on LoRA's input while training, as a probability."""
 
     rslora: bool = False
     """Rank-stabilised scale alpha/sqrt(rank) (Kalajdzievski, arXiv 2312.03732)."""
 
     target_modules: str = "auto"
-    """Adapted modules: `auto` (PEFT's choice for the architecture), `all-linear`, or names separated by commas."""
+    """Modules that LoRA adapts: `auto` (PEFT's choice for the architecture), `all-linear`, or names separated by commas."""
+
+
+class VirtualTokenSettings(Section):
+    """What every soft prompt can be told."""
+
+    num_virtual_tokens: int = Field(20, ge=1, le=4096)
+    """Length of a soft prompt. Virtual tokens come on top of `data.max_length`, once for every example."""
+
+
+class InitialTextSettings(Section):
+    """Where a prompt in the embedding space starts."""
+
+    initial_text: str = Field("", max_length=4096)
+    """Words whose embeddings a `prompt` starts from, repeated or cut to its length; empty takes frequent tokens of the
+    vocabulary, drawn from the run's seed."""
+
+
+class EncoderSettings(Section):
+    """The network that computes a P-tuning prompt."""
+
+    encoder_hidden_size: int = Field(128, ge=1, le=1 << 16)
+    """Width of the network that computes a `ptuning` prompt."""
+
+
+class LoraSpec(LoraSettings):
+    """Low-rank adaptation: `W = W0 + s B A`, `s = alpha / rank` (Hu et al., LoRA, arXiv 2106.09685)."""
+
+    kind: Literal["lora"] = "lora"
+    """What is trained."""
+
+
+class PromptSpec(VirtualTokenSettings, InitialTextSettings):
+    """Prompt tuning: trained embeddings before every example (Lester et al., EMNLP 2021, arXiv 2104.08691)."""
+
+    kind: Literal["prompt"] = "prompt"
+    """What is trained."""
+
+
+class PrefixSpec(VirtualTokenSettings):
+    """Prefix tuning: trained keys and values before every example, in each layer (Li and Liang, ACL 2021,
+    arXiv 2101.00190), without their reparametrisation, as in P-tuning v2 (Liu et al., arXiv 2110.07602).
+    """
+
+    kind: Literal["prefix"] = "prefix"
+    """What is trained."""
+
+
+class PtuningSpec(VirtualTokenSettings, EncoderSettings):
+    """P-tuning: embeddings before every example, computed by a trained network (Liu et al., arXiv 2103.10385).
+
+    The network is for training only; what is exported is the prompt that it computes.
+    """
+
+    kind: Literal["ptuning"] = "ptuning"
+    """What is trained."""
+
+
+SoftPromptSpec = PromptSpec | PrefixSpec | PtuningSpec
+AdapterSpec = LoraSpec | SoftPromptSpec
+
+_SPECS: dict[AdapterKind, type[AdapterSpec]] = {
+    "lora": LoraSpec,
+    "prompt": PromptSpec,
+    "prefix": PrefixSpec,
+    "ptuning": PtuningSpec,
+}
+
+
+class KindSetting(Section):
+    """Which of the adapters."""
+
+    kind: AdapterKind = "lora"
+    """`lora`; `prompt`: embeddings (Lester et al., arXiv 2104.08691); `prefix`: keys and values in each layer (Li and
+    Liang, arXiv 2101.00190); `ptuning`: embeddings computed by a small network (Liu et al., arXiv 2103.10385)."""
+
+
+# A section's settings come in the order of its bases from right to left.
+class AdapterConfig(EncoderSettings, InitialTextSettings, VirtualTokenSettings, LoraSettings, KindSetting):
+    """What is trained on the frozen base: low-rank factors of its linear layers (Hu et al., LoRA, arXiv 2106.09685), or a
+    soft prompt before every example. Settings of a kind that is not chosen are refused.
+    """
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The settings of the chosen kind."""
+        spec = _SPECS[self.kind]
+        return spec.model_validate({name: getattr(self, name) for name in spec.model_fields})
+
+    @model_validator(mode="after")
+    def _refuse_settings_of_other_kinds(self) -> AdapterConfig:
+        fields, known = type(self).model_fields, _SPECS[self.kind].model_fields
+        strange = [name for name in fields if name not in known and getattr(self, name) != fields[name].default]
+        if strange:
+            raise ValueError(f"adapter.{strange[0]} has no effect with adapter.kind={self.kind!r}; remove it")
+        return self
 
 
 class ModelSpec(Section):
@@ -81,7 +173,7 @@ class ModelSpec(Section):
     base: BaseSpec = BaseSpec()
     """The frozen base."""
 
-    adapter: LoraSpec = LoraSpec()
+    adapter: Annotated[AdapterSpec, Field(discriminator="kind")] = LoraSpec()
     """What is trained on it."""
 
     @property

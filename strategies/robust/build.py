@@ -8,7 +8,7 @@ from functools import partial
 
 from fedllm.config import RunConfig, StrategyConfig
 from fedllm.errors import ConfigError, explain
-from fedllm.model.spec import LoraSpec
+from fedllm.model.spec import LoraSettings
 from strategies.aggregators import WeightedMean
 from strategies.robust.coordinates import CoordinateMedian, TrimmedMean
 from strategies.robust.fltrust import FLTrust
@@ -68,6 +68,6 @@ def _compare(config: RunConfig) -> SpaceOf:
     return partial(Products, scale=partial(lora_scale, config.adapter))
 
 
-def lora_scale(adapter: LoraSpec, rank: int) -> float:
+def lora_scale(adapter: LoraSettings, rank: int) -> float:
     """Return the factor `s` on `B A` for a rank."""
     return adapter.alpha / (math.sqrt(rank) if adapter.rslora else rank)

@@ -12,12 +12,21 @@ import torch
 from peft import PeftModel
 
 from fedllm.errors import LayoutError, ModelError, NonFiniteError
-from fedllm.model.build import LoadedBase, adapter_target_modules, attach_adapter, layout_of, write_adapter
-from fedllm.model.export import load_peft_adapter, save_peft_adapter
+from fedllm.model.build import (
+    LoadedBase,
+    adapter_target_modules,
+    attach_adapter,
+    layout_of,
+    read_adapter,
+    write_adapter,
+)
+from fedllm.model.export import load_peft_adapter, save_peft_adapter, served_as
+from fedllm.model.prompts.tensors import imported
 from fedllm.model.spec import LoraSpec, ModelSpec
 from fedllm.rng import generator
 from fedllm.update import Arrays, Layout, TensorSpec
 from tests.bases import load_tiny, logits_of
+from tests.soft_prompts import KINDS, NUM_TOKENS, with_prompt
 
 IDS = [[5, 40, 200, 33, 7, 90, 12]]
 SMALL = Layout((TensorSpec("a.lora_A.weight", (2, 3)), TensorSpec("a.lora_B.weight", (4, 2))))
@@ -101,3 +110,29 @@ def test_a_folder_without_an_adapter_says_so(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"no safetensors")
     with pytest.raises(ModelError, match="an adapter cannot be read"):
         load_peft_adapter(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_peft_loads_an_exported_soft_prompt_and_computes_the_same(tmp_path: Path, quantization: str, kind: str) -> None:
+    model = with_prompt(load_tiny(tmp_path, quantization=quantization), KINDS[kind])
+    layout, expected = layout_of(model), logits_of(model, IDS)
+    spec = ModelSpec(adapter=KINDS[kind])
+    save_peft_adapter(tmp_path / "adapter", layout, read_adapter(model, layout), spec, [], "tiny")
+    fresh = load_tiny(tmp_path, quantization=quantization).model
+    plain = logits_of(fresh, IDS)
+    loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits_of(loaded, IDS), expected, rtol=0, atol=1e-5)
+    assert (expected[:, -1] - plain[:, -1]).abs().max() > 1e-2, "the soft prompt does nothing"
+    assert loaded.peft_config["default"].num_virtual_tokens == NUM_TOKENS
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_an_exported_soft_prompt_is_read_back_and_computes_the_same(tmp_path: Path, kind: str) -> None:
+    model = with_prompt(load_tiny(tmp_path), KINDS[kind])
+    layout, expected = layout_of(model), logits_of(model, IDS)
+    save_peft_adapter(tmp_path, layout, read_adapter(model, layout), ModelSpec(adapter=KINDS[kind]), [], "tiny")
+    again = attach_adapter(load_tiny(tmp_path), served_as(KINDS[kind]))
+    write_adapter(again, layout_of(again), imported(load_peft_adapter(tmp_path), layout_of(again)))
+    torch.testing.assert_close(logits_of(again, IDS), expected, rtol=0, atol=1e-5)

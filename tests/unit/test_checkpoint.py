@@ -26,6 +26,7 @@ def state(round_: int) -> RunState:
         layout=LAYOUT,
         target_modules=("q_proj", "v_proj"),
         agreement=AGREEMENT,
+        first_id="f" * 64,
         moved=("b",),
     )
 
@@ -39,7 +40,7 @@ def assert_equal(found: RunState | None, expected: RunState) -> None:
         expected.agreement,
     )
     assert (found.optimizer.step, found.optimizer.counts) == (expected.optimizer.step, expected.optimizer.counts)
-    assert found.moved == expected.moved
+    assert (found.moved, found.first_id) == (expected.moved, expected.first_id)
     pairs = [(found.params, expected.params), (found.sent, expected.sent)]
     pairs += [(found.optimizer.moments[key], expected.optimizer.moments[key]) for key in ("m", "v")]
     for ours, theirs in pairs:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from fedllm.config import RunConfig, Scalar, describe, read_run_config
 from fedllm.errors import ConfigError
+from fedllm.model.spec import AdapterKind
 from server_app.app import open_run
 from strategies.compatibility import BOUNDS, EFFECTS, FEATURES, REFUSALS, check_compatibility, without_effect
 from strategies.registry import RECIPES
@@ -53,11 +55,24 @@ def test_no_rule_compares_different_parts_of_updates(rule: str) -> None:
             {"strategy.aggregator": "fltrust", "strategy.trusted_site": "a", "rounds.fraction": 0.5},
             "every round needs the trusted site",
         ),
+        ({"strategy.name": "fedprompt"}, "'fedprompt' cannot be combined with adapter.kind = 'lora'"),
+        ({"strategy.name": "rolora", "adapter.kind": "prefix"}, "about LoRA's two factors"),
+        ({"strategy.name": "ffa-lora", "adapter.kind": "prompt"}, "about LoRA's two factors"),
+        (
+            {"adapter.kind": "prompt", "strategy.aggregator": "krum", "strategy.robust_on": "products"},
+            "a soft prompt has no products",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(settings: Mapping[str, Scalar], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check({**ENOUGH, **settings})
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "ptuning"])
+@pytest.mark.parametrize("rule", list(RULES))
+def test_every_rule_goes_with_soft_prompts(kind: str, rule: str) -> None:
+    check({**ENOUGH, **RULES[rule], "strategy.name": "fedprompt", "adapter.kind": kind})
 
 
 @pytest.mark.parametrize(("liars", "fewest"), [(0, 3), (1, 5), (4, 11)])
@@ -95,8 +110,9 @@ def test_the_table_names_only_what_there_is() -> None:
     keys = {key for key, _, _ in describe(RunConfig)}
     names = {f"strategy.name = {name!r}" for name in RECIPES}
     aggregators = {f"strategy.aggregator = {name!r}" for name in ["mean", *SITE_RULES, *COORDINATE_RULES]}
-    assert set(REFUSALS) <= names | aggregators | {"strategy.norm_bound"}
-    assert aggregators <= set(REFUSALS)
+    adapters = {f"adapter.kind = {kind!r}" for kind in get_args(AdapterKind)}
+    assert set(REFUSALS) <= names | aggregators | adapters | {"strategy.norm_bound"}
+    assert aggregators | adapters <= set(REFUSALS)
     assert set(BOUNDS) <= set(REFUSALS)
     assert {feature for row in REFUSALS.values() for feature in row} <= set(FEATURES)
     assert set(EFFECTS) <= keys

@@ -15,7 +15,7 @@ from fedllm.codecs.payload import open_payload
 from fedllm.model.initial import initial_arrays
 from fedllm.runs import RunFolder
 from fedllm.update import Arrays, Layout
-from tests.fake_federation import LAYOUT, Handler, InProcessGrid, LocalSite
+from tests.fake_federation import LAYOUT, Handler, InProcessGrid, LocalSite, first_values
 from tests.unit.test_loop import TRANSPORTS, events, params, run
 
 A, B = LAYOUT.names
@@ -34,7 +34,7 @@ def run_with(home: Path, sites: list[LocalSite] | None = None, **changes: Any) -
 
 def kept(site: LocalSite, round_: int) -> Arrays:
     part = LAYOUT.only([B])
-    found = Kept(Memory(site.folder, LAYOUT, site.agreement.base), part, 42).at(round_)
+    found = Kept(Memory(site.folder, LAYOUT, site.agreement.base), part, first_values).at(round_)
     assert found is not None
     return found
 
@@ -131,7 +131,7 @@ def load_a(home: Path, round_: int) -> NDArray[np.float32]:
 
 def test_what_is_kept_belongs_to_its_round_and_its_tensors(tmp_path: Path) -> None:
     memory = Memory(tmp_path, LAYOUT, "b" * 64)
-    own, other = (Kept(memory, Layout((LAYOUT[name],)), 42) for name in (B, A))
+    own, other = (Kept(memory, Layout((LAYOUT[name],)), first_values) for name in (B, A))
     values = {round_: {B: np.full(LAYOUT[B].shape, round_, np.float32)} for round_ in (1, 2, 4)}
     for round_, arrays in values.items():
         own.keep(round_, arrays)
@@ -146,7 +146,7 @@ def test_what_is_kept_belongs_to_its_round_and_its_tensors(tmp_path: Path) -> No
 
 def test_what_the_server_folded_last_is_never_forgotten(tmp_path: Path) -> None:
     memory = Memory(tmp_path, LAYOUT, "b" * 64)
-    own = Kept(memory, Layout((LAYOUT[B],)), 42)
+    own = Kept(memory, Layout((LAYOUT[B],)), first_values)
     for round_ in range(1, 9):
         own.keep(round_, {B: np.zeros(LAYOUT[B].shape, np.float32)})
         memory.finish(round_, "request", "report", last_folded=min(2, round_ - 1))
