@@ -7,6 +7,7 @@ import logging
 import time
 from pathlib import Path
 
+from client_app.alignment import aligned
 from client_app.courier import LOST, Courier
 from client_app.session import Session, open_session
 from client_app.training import DriftControl
@@ -136,6 +137,8 @@ def _train(session: Session, instruction: TrainInstruction, courier: Courier) ->
         drift=drift,
     )
     finished = time.perf_counter()
+    if work.alignment:
+        trained = aligned(trained, received, work.alignment, instruction.round)
     change = variates.change(drift.mean_gradients()) if variates and drift else None
     update = courier.encode(received, trained, change)
     if variates:

@@ -129,8 +129,12 @@ class RoundsConfig(Section):
     join_timeout_s: float = Field(600.0, gt=0)
     """Seconds to wait for `min_sites` sites."""
 
+    sampler: Literal["uniform", "weighted", "poisson", "all"] = "uniform"
+    """Who is asked: `uniform` (a share of the joined sites, all alike), `weighted` (the same, likelier the more examples a
+    site has), `poisson` (each site for itself with the probability `fraction`), `all`."""
+
     fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the joined sites asked to train in a round."""
+    """Share of the joined sites asked to train in a round; without effect for the sampler `all`."""
 
     over_selection: float = Field(1.0, ge=1)
     """Ask this many times more sites than `fraction` says, and close the round when enough have replied."""
@@ -149,8 +153,8 @@ class StrategyConfig(Section):
     """How updates become the next global adapter."""
 
     name: str = "fedavg"
-    """Recipe, one of those in docs/strategies.md: `fedavg`, `fedprox`, `fedsa-lora`,
-    `ffa-lora`, `rolora`, `scaffold`."""
+    """Recipe, one of those in docs/strategies.md: `fedavg`, `fedprox`, `fedrot`,
+    `fedsa-lora`, `ffa-lora`, `rolora`, `scaffold`."""
 
     server_optimizer: Literal["sgd", "adagrad", "adam", "yogi"] = "sgd"
     """How the global adapter moves along the aggregated delta (Reddi et al., arXiv 2003.00295); `sgd` with rate 1 and no
@@ -179,6 +183,9 @@ class StrategyConfig(Section):
 
     proximal_mu: float = Field(0.01, ge=0)
     """Strength of the pull to the received state in `fedprox`; without effect for other strategies."""
+
+    alignment: float = Field(0.5, gt=0, le=1)
+    """Share of the turn towards the received factors that `fedrot` makes; without effect for other strategies."""
 
     weighting: Literal["examples", "tokens", "uniform"] = "examples"
     """What a site's weight in the average is."""

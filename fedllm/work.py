@@ -30,6 +30,8 @@ class ClientWork(BaseModel):
         trainable: Roles of the tensors that are trained, empty for all.
         private: Roles of the tensors that never leave the site.
         proximal: Strength of the pull towards the received state, FedProx's mu; 0 for none.
+        alignment: Share of the turn towards the received factors that a site makes before it hands in, as FedRot does;
+            0 for none.
         control_variates: Correct every step by control variates, as SCAFFOLD does, and send their changes.
     """
 
@@ -38,6 +40,7 @@ class ClientWork(BaseModel):
     trainable: tuple[str, ...] = ()
     private: tuple[str, ...] = ()
     proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    alignment: Annotated[float, Field(ge=0, le=1)] = 0.0
     control_variates: bool = False
 
     def state(self, adapter: Layout) -> Layout:

@@ -108,7 +108,8 @@ def train_round(federation: Federation, state: RunState, round_: int, attempt: i
 def _select(federation: Federation, round_: int, attempt: int) -> dict[str, Member]:
     federation.roster.admit()
     available = federation.roster.available()
-    names = federation.strategy.sampler.select(list(available), round_, attempt) if available else ()
+    sizes = {name: member.introduction.data.num_train_examples for name, member in available.items()}
+    names = federation.strategy.sampler.select(sizes, round_, attempt) if available else ()
     return {name: available[name] for name in names}
 
 

@@ -72,6 +72,7 @@ REFUSALS: dict[str, Mapping[str, str]] = {
     "strategy.name = 'fedavg'": _MEAN_OF_FACTORS,
     "strategy.name = 'fedprompt'": _ON_SOFT_PROMPTS,
     "strategy.name = 'fedprox'": _MEAN_OF_FACTORS,
+    "strategy.name = 'fedrot'": {**_MEAN_OF_FACTORS, **_ON_FACTORS},
     "strategy.name = 'fedsa-lora'": {**_ONE_FACTOR, **_ON_FACTORS},
     "strategy.name = 'ffa-lora'": _ON_FACTORS,
     "strategy.name = 'rolora'": {**_MEAN_OF_FACTORS, **_ON_FACTORS},
@@ -141,7 +142,10 @@ BOUNDS: dict[str, Bound] = {
 
 _NO_WEIGHTS = ("median", "trimmed-mean", "krum", "multi-krum", "fltrust")
 EFFECTS: dict[str, Question] = {
+    "rounds.fraction": lambda config: config.rounds.sampler != "all",
+    "rounds.over_selection": lambda config: config.rounds.sampler in ("uniform", "weighted"),
     "strategy.proximal_mu": lambda config: config.strategy.name == "fedprox",
+    "strategy.alignment": lambda config: config.strategy.name == "fedrot",
     "strategy.byzantine_sites": lambda config: config.strategy.aggregator not in ("mean", "fltrust"),
     "strategy.trim_fraction": lambda config: config.strategy.aggregator == "trimmed-mean",
     "strategy.trusted_site": lambda config: config.strategy.aggregator == "fltrust",

@@ -15,17 +15,16 @@ from fedllm.work import ClientWork
 from strategies import optimizers
 from strategies.annealing import Annealed
 from strategies.robust.build import build_aggregator
-from strategies.samplers import UniformSampler
+from strategies.samplers import build_sampler
 from strategies.slots import ServerOptimizer, Strategy
 from strategies.works import Always
 
 
 def fedavg(config: RunConfig) -> Strategy:
     """Choose FedAvg's four slots."""
-    rounds = config.rounds
     return Strategy(
         name="fedavg",
-        sampler=UniformSampler(config.seed, rounds.fraction, rounds.min_sites, rounds.over_selection),
+        sampler=build_sampler(config),
         work=Always(ClientWork()),
         aggregator=build_aggregator(config),
         optimizer=build_optimizer(config),

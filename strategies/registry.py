@@ -13,6 +13,7 @@ from fedllm.errors import ConfigError, explain
 from strategies.fedavg import fedavg
 from strategies.fedprompt import fedprompt
 from strategies.fedprox import fedprox
+from strategies.fedrot import fedrot
 from strategies.fedsa_lora import fedsa_lora
 from strategies.ffa_lora import ffa_lora
 from strategies.rolora import rolora
@@ -25,6 +26,7 @@ RECIPES: dict[str, Recipe] = {
     "fedavg": fedavg,
     "fedprompt": fedprompt,
     "fedprox": fedprox,
+    "fedrot": fedrot,
     "fedsa-lora": fedsa_lora,
     "ffa-lora": ffa_lora,
     "rolora": rolora,

@@ -13,7 +13,7 @@ Sign convention: ``delta = trained - received``, so the server moves *along* the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -70,8 +70,8 @@ class ArraySource:
 class Sampler(Protocol):
     """Which sites are asked to train in a round."""
 
-    def select(self, sites: Sequence[str], round_: int, attempt: int) -> tuple[str, ...]:
-        """Choose among the joined sites' names; equal arguments give an equal choice."""
+    def select(self, sites: Mapping[str, int], round_: int, attempt: int) -> tuple[str, ...]:
+        """Choose among the joined sites, given as training examples by name; equal arguments give an equal choice."""
 
     def num_wanted(self, num_sites: int) -> int:
         """Return how many usable replies close a round early, of so many joined sites."""

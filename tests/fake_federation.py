@@ -19,6 +19,7 @@ from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from client_app.alignment import aligned
 from client_app.courier import LOST, Courier
 from client_app.transports import build_transport
 from fedllm import rng
@@ -335,6 +336,8 @@ class LocalSite(QuadraticSite):
             moved = {name: (start[name] - trained[name]) / (self.num_steps * self.step_size) for name in part.names}
             change = variates.change({name: (moved[name] - correction[name]).astype(np.float32) for name in moved})
         trained32 = {name: value.astype(np.float32) for name, value in trained.items()}
+        if work.alignment:
+            trained32 = aligned(trained32, received, work.alignment, instruction.round)
         update = courier.encode(received, trained32, change)
         if variates:
             variates.keep(instruction.round, update.decoded)

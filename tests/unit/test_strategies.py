@@ -15,7 +15,7 @@ from strategies.aggregators import WeightedMean
 from strategies.annealing import Annealed, Course
 from strategies.optimizers import Sgd
 from strategies.registry import RECIPES, build_strategy, register
-from strategies.samplers import UniformSampler
+from strategies.samplers import ShareSampler
 from strategies.slots import Accumulator, ArraySource, OptimizerState, Origin
 
 LAYOUT = Layout((TensorSpec("a", (3, 4), role="lora_A"), TensorSpec("b", (5, 3), role="lora_B")))
@@ -126,18 +126,18 @@ def test_an_empty_mean_is_a_programming_error() -> None:
 def test_a_uniform_sample_has_the_asked_size_and_only_joined_sites(
     num_sites: int, fraction: float, min_sites: int, over_selection: float, round_: int, reverse: bool
 ) -> None:
-    sampler = UniformSampler(7, fraction, min_sites, over_selection)
-    sites = [f"s{index}" for index in range(num_sites)]
+    sampler = ShareSampler(7, fraction, min_sites, over_selection)
+    sites = {f"s{index}": 1 for index in range(num_sites)}
     chosen = sampler.select(sites, round_, 1)
     assert set(chosen) <= set(sites)
     assert len(set(chosen)) == len(chosen)
     assert min(num_sites, min_sites) <= sampler.num_wanted(num_sites) <= len(chosen) <= num_sites
-    assert sampler.select(sites[::-1] if reverse else sites, round_, 1) == chosen
+    assert sampler.select(dict(reversed(sites.items())) if reverse else sites, round_, 1) == chosen
 
 
 def test_a_uniform_sampler_reaches_every_site_and_varies_by_round_and_attempt() -> None:
-    sampler = UniformSampler(0, 0.3, 1, 1.0)
-    sites = [f"s{index}" for index in range(10)]
+    sampler = ShareSampler(0, 0.3, 1, 1.0)
+    sites = {f"s{index}": 1 for index in range(10)}
     samples = [sampler.select(sites, round_, 1) for round_ in range(60)]
     counts = {site: sum(site in sample for sample in samples) for site in sites}
     assert min(counts.values()) >= 8, counts
