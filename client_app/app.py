@@ -79,6 +79,12 @@ def train_local_only(message: FlowerMessage, context: Context) -> FlowerMessage:
     return _answer(message, context)
 
 
+@app.train("personalise")
+def train_personalise(message: FlowerMessage, context: Context) -> FlowerMessage:
+    """Make the site's own adapter."""
+    return _answer(message, context)
+
+
 @app.evaluate()
 def evaluate(message: FlowerMessage, context: Context) -> FlowerMessage:
     """Evaluate on the site's hold-out."""

@@ -36,12 +36,16 @@ from fedllm.model.build import (
     write_adapter,
 )
 from fedllm.model.evaluate import evaluate_loss
+from fedllm.model.export import save_peft_adapter
 from fedllm.model.generate import answer, without_adapter
 from fedllm.provenance import versions
 from fedllm.update import Arrays, Layout, digest_arrays
 from fedllm.wire.transport import Envelope
 
 log = logging.getLogger(__name__)
+
+OWN_ADAPTER = "adapter"
+"""Folder of the state directory that holds the site's own adapter after a run."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ class Session:
         num_steps: int,
         round_: int,
         title: str,
+        total_steps: int | None = None,
         drift: DriftControl | None = None,
     ) -> tuple[TrainResult, Arrays]:
         """Train an adapter and return the result and the trained values.
@@ -137,10 +142,12 @@ class Session:
             num_steps: Steps to take.
             round_: The round, for the draws.
             title: What the progress bar says.
+            total_steps: Steps that the learning rate's course stretches over, None for those of the federation.
             drift: What keeps the steps from drifting, None for nothing.
         """
         self.load(start)
-        plan = self._plan(first_step, num_steps, rng.derive(self.config.seed, round_, self.workplace.site, "training"))
+        drawn = rng.derive(self.config.seed, round_, self.workplace.site, "training")
+        plan = self._plan(first_step, num_steps, total_steps or self.config.total_steps, drawn)
         seed = rng.derive(self.config.seed, round_, self.workplace.site, "batches")
         batches = batch_stream(self.data.train, plan.batch_size, seed)
         with Progress(title, num_steps) as progress, only_trainable(self.model, part) as parameters:
@@ -152,6 +159,12 @@ class Session:
                 drift.begin(parameters)
             result = train(self.model, batches, plan, drift=drift, on_step=show)
         return result, read_adapter(self.model, self.layout)
+
+    def export(self, adapter: Arrays) -> None:
+        """Leave an adapter for PEFT in the state directory, as the site's own."""
+        folder, source = self.workplace.state_dir / OWN_ADAPTER, self.config.model.source
+        save_peft_adapter(folder, self.layout, adapter, self.config.spec, self.target_modules, source)
+        log.info("the site's own adapter is in %s", folder)
 
     def score(self, *, of_base: bool = False) -> Score:
         """Evaluate the model as it is on the hold-out, or its base alone."""
@@ -171,12 +184,12 @@ class Session:
             plain = answer(self.model, self.base.tokenizer, prompt, limit)
         return plain, answer(self.model, self.base.tokenizer, prompt, limit)
 
-    def _plan(self, first_step: int, num_steps: int, seed: int) -> TrainPlan:
+    def _plan(self, first_step: int, num_steps: int, total_steps: int, seed: int) -> TrainPlan:
         train_ = self.config.train
         return TrainPlan(
             steps=num_steps,
             first_step=first_step,
-            total_steps=self.config.total_steps,
+            total_steps=total_steps,
             batch_size=train_.batch_size,
             accumulation=train_.accumulation,
             optimizer=train_.optimizer,

@@ -26,6 +26,8 @@ from fedllm.messages import (
     Introduction,
     LocalOnlyInstruction,
     LocalOnlyReport,
+    PersonaliseInstruction,
+    PersonaliseReport,
     TrainInstruction,
     TrainReport,
 )
@@ -54,6 +56,8 @@ def perform(instruction: AnyMessage, envelope: Envelope, workplace: Workplace) -
             return evaluate(instruction, envelope, workplace)
         case LocalOnlyInstruction():
             return train_alone(instruction, envelope, workplace)
+        case PersonaliseInstruction():
+            return personalise(instruction, envelope, workplace)
         case _:
             raise TransportError(explain("an unknown instruction", found=instruction.kind))
 
@@ -206,4 +210,38 @@ def train_alone(instruction: LocalOnlyInstruction, envelope: Envelope, workplace
         num_steps=result.num_steps,
         seconds=time.perf_counter() - started,
     )
+    return report, None
+
+
+def personalise(instruction: PersonaliseInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
+    """Make the site's own adapter: the state, with what the site keeps in its place, trained on the site's data alone.
+
+    It is left in the state directory for the site to use; what the site keeps for the federation stays as it is.
+    """
+    started = time.perf_counter()
+    session = open_session(instruction, workplace)
+    courier = session.courier(instruction, envelope)
+    state = courier.obtain()
+    session.load(taken(state, session.layout))
+    federated = session.score()
+    adapter, _ = courier.own(state, instruction.round)
+    session.load(adapter)
+    if instruction.num_steps:
+        _, adapter = session.train(
+            adapter,
+            session.layout,
+            first_step=0,
+            num_steps=instruction.num_steps,
+            total_steps=instruction.num_steps,
+            round_=instruction.round + 1,
+            title=f"{workplace.site} for itself",
+        )
+    report = PersonaliseReport(
+        site=workplace.site,
+        federated=federated,
+        personalised=session.score(),
+        num_steps=instruction.num_steps,
+        seconds=time.perf_counter() - started,
+    )
+    session.export(adapter)
     return report, None

@@ -153,8 +153,8 @@ class StrategyConfig(Section):
     """How updates become the next global adapter."""
 
     name: str = "fedavg"
-    """Recipe, one of those in docs/strategies.md: `fedavg`, `fedprox`, `fedrot`,
-    `fedsa-lora`, `ffa-lora`, `rolora`, `scaffold`."""
+    """Recipe, one of those in docs/strategies.md: `fedavg`, `fedper`, `fedprox`,
+    `fedrot`, `fedsa-lora`, `ffa-lora`, `rolora`, `scaffold`."""
 
     server_optimizer: Literal["sgd", "adagrad", "adam", "yogi"] = "sgd"
     """How the global adapter moves along the aggregated delta (Reddi et al., arXiv 2003.00295); `sgd` with rate 1 and no
@@ -183,6 +183,9 @@ class StrategyConfig(Section):
 
     proximal_mu: float = Field(0.01, ge=0)
     """Strength of the pull to the received state in `fedprox`; without effect for other strategies."""
+
+    shared_depth: float = Field(0.5, gt=0, le=1)
+    """Share of the layers, from the bottom, that `fedper` shares; without effect for other strategies."""
 
     alignment: float = Field(0.5, gt=0, le=1)
     """Share of the turn towards the received factors that `fedrot` makes; without effect for other strategies."""
@@ -220,6 +223,10 @@ class EvaluationConfig(Section):
 
     local_only: bool = True
     """After the last round, train each site alone for the same number of steps and report it beside the federation."""
+
+    personal_steps: int = Field(0, ge=0)
+    """After the last round, have each site train its adapter on its own data for this many steps more and report that
+    beside the federation. The result stays in the site's state directory."""
 
     central_source: str = ""
     """A data source evaluated on the server too; it then loads the base. Empty for none."""

@@ -229,6 +229,29 @@ class LocalOnlyReport(Message):
     seconds: Finite
 
 
+class PersonaliseInstruction(StateInstruction):
+    """Make the site's own adapter from the last global state, keep it, and evaluate both.
+
+    Attributes:
+        num_steps: Steps of training on the site's own data, 0 for none.
+    """
+
+    kind: Literal["personalise"] = "personalise"
+    round: int = Field(ge=0)
+    num_steps: int = Field(ge=0)
+
+
+class PersonaliseReport(Message):
+    """The held-out scores of the global state and of the site's own adapter, which stays at the site."""
+
+    kind: Literal["personalised"] = "personalised"
+    site: Name
+    federated: Score
+    personalised: Score
+    num_steps: int
+    seconds: Finite
+
+
 class Failure(Message):
     """A site could not or would not do what it was asked.
 
@@ -254,6 +277,8 @@ AnyMessage = Annotated[
     | EvaluateReport
     | LocalOnlyInstruction
     | LocalOnlyReport
+    | PersonaliseInstruction
+    | PersonaliseReport
     | Failure,
     Field(discriminator="kind"),
 ]

@@ -11,6 +11,7 @@ Evolution: fields are only added, with a default that means what was done before
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -29,6 +30,8 @@ class ClientWork(BaseModel):
     Attributes:
         trainable: Roles of the tensors that are trained, empty for all.
         private: Roles of the tensors that never leave the site.
+        shared_depth: Share of the model's layers, from the bottom, whose tensors are shared; those of the layers above stay
+            at the site. Tensors that belong to no layer are shared.
         proximal: Strength of the pull towards the received state, FedProx's mu; 0 for none.
         alignment: Share of the turn towards the received factors that a site makes before it hands in, as FedRot does;
             0 for none.
@@ -39,6 +42,7 @@ class ClientWork(BaseModel):
 
     trainable: tuple[str, ...] = ()
     private: tuple[str, ...] = ()
+    shared_depth: Annotated[float, Field(gt=0, le=1)] = 1.0
     proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     alignment: Annotated[float, Field(ge=0, le=1)] = 0.0
     control_variates: bool = False
@@ -66,17 +70,26 @@ class ClientWork(BaseModel):
         Raises:
             ConfigError: There are none.
         """
-        return self._part(state, lambda spec: spec.role == CONTROL or self._shares(spec), "send")
+        shares = self._sharing(state)
+        return self._part(state, lambda spec: spec.role == CONTROL or shares(spec), "send")
 
     def kept(self, layout: Layout) -> Layout:
         """Return the trained tensors that stay at the site; there may be none."""
-        return layout.only([spec.name for spec in self.trained(layout).tensors if not self._shares(spec)])
+        shares = self._sharing(layout)
+        return layout.only([spec.name for spec in self.trained(layout).tensors if not shares(spec)])
 
     def _trains(self, spec: TensorSpec) -> bool:
         return spec.role != CONTROL and (not self.trainable or spec.role in self.trainable)
 
-    def _shares(self, spec: TensorSpec) -> bool:
-        return self._trains(spec) and spec.role not in self.private
+    def _sharing(self, layout: Layout) -> Callable[[TensorSpec], bool]:
+        """Return whether a trained tensor of a layout is shared."""
+        num_layers = 1 + max((layer_of(name) for name in layout.names), default=-1)
+        first_private = math.ceil(self.shared_depth * num_layers) if self.shared_depth < 1 else num_layers
+
+        def shares(spec: TensorSpec) -> bool:
+            return self._trains(spec) and spec.role not in self.private and layer_of(spec.name) < max(1, first_private)
+
+        return shares
 
     def _part(self, layout: Layout, belongs: Callable[[TensorSpec], bool], what: str) -> Layout:
         part = layout.only([spec.name for spec in layout.tensors if belongs(spec)])
@@ -87,6 +100,14 @@ class ClientWork(BaseModel):
                 explain(f"the strategy leaves nothing to {what}", expected=f"some of {roles}", found=self, fix=fix)
             )
         return part
+
+
+def layer_of(name: str) -> int:
+    """Return the number of the layer that a tensor belongs to, from 0 at the bottom; -1 for one that belongs to none.
+
+    It is the first whole number among the parts of the name, as in ``base_model.model.model.layers.7.self_attn...``.
+    """
+    return next((int(part) for part in name.split(".") if part.isdecimal()), -1)
 
 
 def adapter_of(state: Layout) -> Layout:

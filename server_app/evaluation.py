@@ -15,6 +15,8 @@ from fedllm.messages import (
     Failure,
     LocalOnlyInstruction,
     LocalOnlyReport,
+    PersonaliseInstruction,
+    PersonaliseReport,
     Score,
     StateInstruction,
 )
@@ -116,6 +118,35 @@ def local_only(federation: Federation, state: RunState) -> None:
         federation.recorder.record({"event": "local_only", "sites": rows, "loss": scores.loss, "seconds": seconds})
 
 
+def personalised(federation: Federation, state: RunState) -> None:
+    """Have every site make its own adapter from the last state, and record how it does beside the global one.
+
+    Nothing is asked where the strategy keeps nothing at the sites and no further steps are wished.
+    """
+    started, num_steps = time.monotonic(), federation.config.evaluation.personal_steps
+    work = federation.strategy.work.at(max(1, state.round))
+    if not num_steps and not work.kept(state.adapter_layout).tensors:
+        return
+    fields = {"round": state.round, "num_steps": num_steps}
+    poll = _Poll(federation, state, federation.broadcaster.prepare(state), PersonaliseInstruction, fields)
+    messages = poll.ask(federation.roster.available(), federation.config.rounds.deadline_s).items()
+    reports = {site: message for site, message in messages if isinstance(message, PersonaliseReport)}
+    if not reports:
+        return
+    own = Scores({site: report.personalised for site, report in reports.items()})
+    common = Scores({site: report.federated for site, report in reports.items()})
+    federation.recorder.record(
+        {
+            "event": "personalised",
+            "num_steps": num_steps,
+            "sites": {site: {**row, "federated": common.sites[site].loss} for site, row in own.rows().items()},
+            "loss": own.loss,
+            "federated": common.loss,
+            "seconds": time.monotonic() - started,
+        }
+    )
+
+
 class _Poll:
     """One question about one state to several sites, without updates.
 
@@ -132,7 +163,7 @@ class _Poll:
         federation: Federation,
         state: RunState,
         broadcast: Broadcast,
-        kind: type[EvaluateInstruction] | type[LocalOnlyInstruction],
+        kind: type[EvaluateInstruction] | type[LocalOnlyInstruction] | type[PersonaliseInstruction],
         fields: Mapping[str, object],
     ) -> None:
         self._federation, self._state, self._broadcast = federation, state, broadcast

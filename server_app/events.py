@@ -128,6 +128,26 @@ class LocalOnly(_Event):
     seconds: float = 0.0
 
 
+class PersonalResult(Measured):
+    """A site's own adapter on its own held-out text."""
+
+    federated: float
+    """Loss of the last global adapter alone."""
+
+
+class Personalised(_Event):
+    """Every site's own adapter, made of the last global one, what the site keeps, and further steps on its own data."""
+
+    event: Literal["personalised"] = "personalised"
+    num_steps: int = 0
+    sites: dict[str, PersonalResult]
+    loss: float
+    """Mean over all sites' tokens, each site with its own adapter."""
+    federated: float
+    """The same with the last global adapter alone."""
+    seconds: float = 0.0
+
+
 class Answer(_Event):
     """One prompt answered with the base and with the final global adapter."""
 
@@ -148,13 +168,14 @@ class End(_Event):
     seconds: float = 0.0
 
 
-AnyEvent = Evaluation | Round | LeftOut | LocalOnly | Answer | End
+AnyEvent = Evaluation | Round | LeftOut | LocalOnly | Personalised | Answer | End
 KINDS: dict[str, type[AnyEvent]] = {
     "evaluation": Evaluation,
     "round": Round,
     "attempt": Round,
     "left_out": LeftOut,
     "local_only": LocalOnly,
+    "personalised": Personalised,
     "answer": Answer,
     "end": End,
 }

@@ -32,6 +32,7 @@ _TYPES = {
     "train": "train",
     "evaluate": "evaluate",
     "local-only": "train.local_only",
+    "personalise": "train.personalise",
 }
 
 

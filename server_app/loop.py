@@ -22,7 +22,7 @@ from fedllm.messages import Introduction
 from fedllm.model.export import save_peft_adapter
 from fedllm.update import Layout, digest_arrays
 from server_app.checkpoint import RunState, save_checkpoint
-from server_app.evaluation import Scores, ask_prompt, evaluate, local_only
+from server_app.evaluation import Scores, ask_prompt, evaluate, local_only, personalised
 from server_app.federation import Federation
 from server_app.first import first_arrays
 from server_app.report import build_report
@@ -141,6 +141,8 @@ class Loop:
         done = {event["event"] for event in recorder.events}
         if config.evaluation.local_only and "local_only" not in done:
             local_only(self.federation, state)
+        if "personalised" not in done:
+            personalised(self.federation, state)
         if "answer" not in done:
             ask_prompt(self.federation, state)
 

@@ -25,7 +25,7 @@ from server_app.tensorboard import ScalarWriter, scalars_of
 
 log = logging.getLogger(__name__)
 
-_AFTER_LAST_ROUND = ("local_only", "answer", "end")
+_AFTER_LAST_ROUND = ("local_only", "personalised", "answer", "end")
 
 
 class Recorder:

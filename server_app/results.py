@@ -8,25 +8,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from server_app.events import Answer, AnyEvent, End, Evaluation, LeftOut, LocalOnly, Round
+from server_app.events import Answer, AnyEvent, End, Evaluation, LeftOut, LocalOnly, Personalised, Round
 
 ALL_SITES = "all sites"
+COLUMNS = {"base": "base", "local_only": "local only", "federated": "federated", "personalised": "personalised"}
+"""What the columns of :class:`Row` are called."""
 EventT = TypeVar("EventT", bound=AnyEvent)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Held-out loss of one site, or of all, trained in three ways; None where it was not measured."""
+    """Held-out loss of one site, or of all, trained in up to four ways; None where it was not measured."""
 
     name: str
     base: float | None
     local_only: float | None
     federated: float | None
+    personalised: float | None = None
 
     @property
     def winner(self) -> str:
         """Name of the column with the lowest loss; empty where fewer than two were measured or two are equal."""
-        columns = {"base": self.base, "local_only": self.local_only, "federated": self.federated}
+        columns = {name: getattr(self, name) for name in COLUMNS}
         losses = {name: loss for name, loss in columns.items() if loss is not None and not math.isnan(loss)}
         if len(losses) < 2:
             return ""
@@ -44,6 +47,7 @@ class Results:
         attempts: Rounds and attempts without quorum, in order.
         left_out: Sites that could not take part, each with the last reason.
         local_only: Every site trained alone, if that was done.
+        personalised: Every site's own adapter, if sites have one.
         answer: A prompt answered before and after, if that was asked.
         end: How the run ended, None while it has not (or goes on after an earlier end).
     """
@@ -53,6 +57,7 @@ class Results:
     attempts: list[Round] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     local_only: LocalOnly | None = None
+    personalised: Personalised | None = None
     answer: Answer | None = None
     end: End | None = None
 
@@ -69,6 +74,7 @@ class Results:
             attempts=attempts,
             left_out=list({event.site: event for event in events if isinstance(event, LeftOut)}.values()),
             local_only=_last(event for event in events if isinstance(event, LocalOnly)),
+            personalised=_last(event for event in events if isinstance(event, Personalised)),
             answer=_last(event for event in events if isinstance(event, Answer)),
             end=events[-1] if events and isinstance(events[-1], End) else None,
         )
@@ -118,7 +124,8 @@ class Results:
         """Seconds of all recorded work; pauses between a run and its resumption do not count."""
         training = sum(attempt.seconds for attempt in self.attempts)
         evaluating = sum(evaluation.seconds for evaluation in self.evaluations.values())
-        return training + evaluating + (self.local_only.seconds if self.local_only else 0.0)
+        afterwards = sum(event.seconds for event in (self.local_only, self.personalised) if event)
+        return training + evaluating + afterwards
 
     @property
     def site_names(self) -> list[str]:
@@ -133,14 +140,33 @@ class Results:
             ALL_SITES,
             self.base.loss if self.base else None,
             self.local_only.loss if self.local_only else None,
-            self.final.loss if self.final else None,
+            self._federated(),
+            self.personalised.loss if self.personalised else None,
         )
         return [*(self._row(site) for site in self.site_names), overall]
 
     def _row(self, site: str) -> Row:
-        sources = (self.base, self.local_only, self.final)
-        parts = [source.sites.get(site) if source else None for source in sources]
-        return Row(site, *(part.loss if part else None for part in parts))
+        sources = (self.base, self.local_only, self.personalised)
+        base, alone, own = ((source.sites.get(site) if source else None) for source in sources)
+        return Row(
+            site,
+            base.loss if base else None,
+            alone.loss if alone else None,
+            self._federated(site),
+            own.loss if own else None,
+        )
+
+    def _federated(self, site: str | None = None) -> float | None:
+        """Return the loss of the last global adapter, at a site or over all.
+
+        Where sites keep something, evaluations are of their own adapters, and the global one was evaluated at the end.
+        """
+        if site is None:
+            return self.personalised.federated if self.personalised else self.final.loss if self.final else None
+        if self.personalised and site in self.personalised.sites:
+            return self.personalised.sites[site].federated
+        measured = self.final.sites.get(site) if self.final else None
+        return measured.loss if measured else None
 
 
 def perplexity(loss: float) -> float:

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.text import clean, fit, human_bytes, human_seconds, pad, shorten, table, width, wrap
-from server_app.events import Answer, AnyEvent, End, Evaluation, LeftOut, LocalOnly, Measured, Round
+from server_app.events import (
+    Answer,
+    AnyEvent,
+    End,
+    Evaluation,
+    LeftOut,
+    LocalOnly,
+    Measured,
+    Personalised,
+    Round,
+)
+from server_app.results import COLUMNS as COLUMN_NAMES
 from server_app.results import Results, Row, natural, perplexity
 
 log = logging.getLogger(__name__)
@@ -21,7 +32,6 @@ COLUMNS = 88
 _TEXT_COLUMNS = 72
 _NAME_COLUMNS = 26
 _MAX_ROWS = 40
-_COLUMN_NAMES = {"base": "base", "local_only": "local only", "federated": "federated"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,8 @@ class Story:
                 return [
                     f"local only  held-out loss {event.loss:.3f} where each of {len(event.sites)} sites trains alone"
                 ]
+            case Personalised():
+                return [_personalised(event)]
             case End():
                 return list(_ending(event, before, self.path))
             case Answer():
@@ -92,6 +104,12 @@ def _round(event: Round) -> Iterator[tuple[str, str]]:
         phases = sorted(event.phases.items(), key=lambda item: -item[1])
         shown = [f"{clean(name)} {human_seconds(seconds)}" for name, seconds in phases if seconds >= 0.05]
         yield "time", fit([f"{human_seconds(event.seconds)} in all", *shown], _TEXT_COLUMNS)
+
+
+def _personalised(event: Personalised) -> str:
+    further = f" after {event.num_steps} steps more" if event.num_steps else ""
+    change = f"{event.loss - event.federated:+.3f} on the global adapter"
+    return f"personalised  held-out loss {event.loss:.3f}{further} ({change}), {len(event.sites)} sites with their own"
 
 
 def _by_reason(reasons: Mapping[str, str]) -> list[str]:
@@ -167,10 +185,10 @@ def _headline(event: End, before: Results) -> Iterator[str]:
 
 
 def final_table(results: Results) -> list[str]:
-    """Return the table of sites by base, local-only and federated training, in at most 88 columns."""
+    """Return the table of sites by base, local-only, federated and personalised training, in at most 88 columns."""
     rows = results.rows()
-    shown = [name for name in _COLUMN_NAMES if any(getattr(row, name) is not None for row in rows)]
-    header = ["held-out loss (perplexity)", *(_COLUMN_NAMES[name] + "  " for name in shown)]
+    shown = [name for name in COLUMN_NAMES if any(getattr(row, name) is not None for row in rows)]
+    header = ["held-out loss (perplexity)", *(COLUMN_NAMES[name] + "  " for name in shown)]
     told = [*rows[:_MAX_ROWS], rows[-1]] if len(rows) > _MAX_ROWS + 1 else rows
     body = [[shorten(clean(row.name), _NAME_COLUMNS), *(_cell(row, name) for name in shown)] for row in told]
     lines = table([header, *body], "<" + ">" * len(shown))

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from server_app.events import AnyEvent, End, Evaluation, LocalOnly, Round
+from server_app.events import AnyEvent, End, Evaluation, LocalOnly, Personalised, Round
 
 _FILE = "events.out.tfevents.{:010d}.fedllm"
 
@@ -62,6 +62,8 @@ def scalars_of(event: AnyEvent) -> tuple[int, dict[str, float]] | None:
         return event.round, dict(_round(event))
     if isinstance(event, LocalOnly):
         return 0, {f"local_only_loss/{site}": part.loss for site, part in event.sites.items()}
+    if isinstance(event, Personalised):
+        return 0, {f"personalised_loss/{site}": part.loss for site, part in event.sites.items()}
     if isinstance(event, End) and event.best_round is not None:
         return 0, {"run/best_round": float(event.best_round)}
     return None

@@ -36,6 +36,8 @@ from fedllm.messages import (
     Introduction,
     LocalOnlyInstruction,
     LocalOnlyReport,
+    PersonaliseInstruction,
+    PersonaliseReport,
     Score,
     StateInstruction,
     TrainInstruction,
@@ -174,7 +176,18 @@ class QuadraticSite:
                     site=self.name, score=self.score(state), num_steps=instruction.num_steps, seconds=0.1
                 )
                 return report, None
+            case PersonaliseInstruction():
+                return self.personalise(instruction, envelope), None
         raise AssertionError(instruction)
+
+    def personalise(self, instruction: PersonaliseInstruction, envelope: Envelope) -> PersonaliseReport:
+        state = self.fetch(instruction, envelope)
+        own = self.moved(state) if instruction.num_steps else state
+        return self.personal_report(instruction, state, own)
+
+    def personal_report(self, instruction: PersonaliseInstruction, state: Arrays, own: Arrays) -> PersonaliseReport:
+        scores = {"federated": self.score(state), "personalised": self.score(own)}
+        return PersonaliseReport(site=self.name, num_steps=instruction.num_steps, seconds=0.1, **scores)
 
     def introduce(self) -> Introduction:
         data = DataCounts(
@@ -344,6 +357,10 @@ class LocalSite(QuadraticSite):
         return self.report(
             instruction, start, note=note or (LOST if variates and variates.was_lost else "")
         ), courier.push(update.path)
+
+    def personalise(self, instruction: PersonaliseInstruction, envelope: Envelope) -> PersonaliseReport:
+        state = self.courier(instruction, envelope).obtain()
+        return self.personal_report(instruction, state, self.fetch(instruction, envelope))
 
     def descend(self, start: Arrays, part: Layout, proximal: float, correction: Arrays | None) -> dict[str, Any]:
         """Take the local steps in float64."""

@@ -46,6 +46,7 @@ _HANDLERS: dict[str, Callable[[FlowerMessage, Context], FlowerMessage]] = {
     "query": site_app.query,
     "train": site_app.train,
     "train.local_only": site_app.train_local_only,
+    "train.personalise": site_app.train_personalise,
     "evaluate": site_app.evaluate,
 }
 

@@ -144,6 +144,8 @@ def _marker(x: float, y: float, role: str, tip: Markup) -> Markup:
     if role == "local":
         corners = [(x, y - 6), (x + 6, y), (x, y + 6), (x - 6, y)]
         return el("polygon", tip, points=_path(corners), class_="fill local")
+    if role == "own":
+        return el("polygon", tip, points=_path([(x, y - 6), (x + 6, y + 5), (x - 6, y + 5)]), class_="fill own")
     return el("circle", tip, cx=x, cy=y, r=5.5, class_="fill federated")
 
 

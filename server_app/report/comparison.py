@@ -9,18 +9,19 @@ from server_app.report.charts import dot_strip
 from server_app.report.figures import legend, section
 from server_app.report.markup import Markup, el
 from server_app.report.material import NONE, Material, change, loss_text
-from server_app.results import ALL_SITES, Row
+from server_app.results import ALL_SITES, COLUMNS, Row
 from server_app.story import short_perplexity
 
-COLUMNS = {"base": "base", "local_only": "local only", "federated": "federated"}
-"""What the columns of :class:`server_app.results.Row` are called."""
-
-ROLES = {"base": "base", "local_only": "local", "federated": "federated"}
+ROLES = {"base": "base", "local_only": "local", "federated": "federated", "personalised": "own"}
 """Their class in the style sheet."""
 
 _INTRO = (
     "Held-out loss (perplexity) of each site's own text that nobody trained on. Lower is better; the best of a row is "
     "marked. Local only: the site trained alone for as many steps."
+)
+_OWN = (
+    " Personalised: the site's own adapter, made of the global one, what the site keeps to itself, and further steps on "
+    "its own text where the run asks for some."
 )
 
 
@@ -35,7 +36,8 @@ def comparison(material: Material) -> Markup:
     body = [_row(material, row, shown, (min(finite), max(finite))) for row in rows]
     table = el("table", el("thead", el("tr", *_heads(material, shown))), el("tbody", *body))
     key = legend((ROLES[column], COLUMNS[column]) for column in shown)
-    return section("Does it help?", _INTRO, key, el("div", table, class_="scroll"), long=True)
+    intro = _INTRO + (_OWN if "personalised" in shown else "")
+    return section("Does it help?", intro, key, el("div", table, class_="scroll"), long=True)
 
 
 def _heads(material: Material, shown: list[str]) -> Iterator[Markup]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from server_app.events import Evaluation, Measured
 from server_app.report.charts import Band, Curve, Labels, Level, Point, line_chart, small_line_chart
-from server_app.report.comparison import COLUMNS, ROLES
+from server_app.report.comparison import ROLES
 from server_app.report.figures import figure, legend, section
 from server_app.report.markup import Markup, el
 from server_app.report.material import Material, loss_text, percent, plural
-from server_app.results import Results, Row
+from server_app.results import COLUMNS, Results, Row
 
 MAX_PANELS = 24
 """Sites that get a chart of their own; the table above has all."""

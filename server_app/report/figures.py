@@ -40,6 +40,8 @@ def _mark_key(role: str) -> Markup:
         return _key(el("circle", cx=11, cy=6, r=4, class_="ring base"))
     if role == "local":
         return _key(el("polygon", points="11,0.5 16.5,6 11,11.5 5.5,6", class_="fill local"))
+    if role == "own":
+        return _key(el("polygon", points="11,0.5 16.5,11 5.5,11", class_="fill own"))
     return _key(el("circle", cx=11, cy=6, r=5, class_="fill federated"))
 
 

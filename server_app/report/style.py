@@ -1,4 +1,4 @@
-"""The report's style sheet. Three roles have one colour everywhere: base grey, local only orange, federated blue.
+"""The report's style sheet. A role has one colour: base grey, local only orange, federated blue, personalised purple.
 
 The colours are told apart with the common kinds of colour blindness (after Okabe and Ito) and have the contrast of WCAG AA
 as text in both schemes.
@@ -10,14 +10,14 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --ink: #14181f; --muted: #5b6472; --line: #e2e6ec; --soft: #eef1f5;
-  --federated: #0b62b8; --local: #b4530a; --base: #6b7482; --band: #0b62b81c;
+  --federated: #0b62b8; --local: #b4530a; --own: #7a3fa8; --base: #6b7482; --band: #0b62b81c;
   --good: #0a7a52; --good-soft: #e0f4ec; --bad: #b3261e; --bad-soft: #fbe6e4; --warn: #8a5a00; --warn-soft: #fdf1d6;
   --s1: #0b62b8; --s2: #5fb3ea; --s3: #0f8f6d; --s4: #e0a100; --s5: #c0561b; --s6: #b0679b; --s7: #8b94a3; --s8: #3d4653;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #0f1216; --card: #181c22; --ink: #e8ebf0; --muted: #9aa4b2; --line: #2a3038; --soft: #20252d;
-    --federated: #6cb4f5; --local: #f0a05a; --base: #98a2b0; --band: #6cb4f524;
+    --federated: #6cb4f5; --local: #f0a05a; --own: #c79bf0; --base: #98a2b0; --band: #6cb4f524;
     --good: #5fd0a4; --good-soft: #12332a; --bad: #ff8f86; --bad-soft: #3d1d1b; --warn: #f0c160; --warn-soft: #3a2e12;
     --s1: #6cb4f5; --s2: #2f7fc4; --s3: #4fc7a1; --s4: #f0c660; --s5: #f0935a; --s6: #dba0c8; --s7: #7b8594; --s8: #c3cad4;
   }
@@ -93,6 +93,7 @@ figcaption { margin-bottom: 4px; }
 .chart text.federated { fill: var(--federated); }
 .chart text.local { fill: var(--local); }
 .fill.local { fill: var(--local); }
+.fill.own { fill: var(--own); }
 .ring { fill: var(--card); stroke-width: 2; }
 .ring.base { stroke: var(--base); }
 .level { stroke-width: 1.8; }
@@ -125,7 +126,7 @@ footer { margin-top: 26px; color: var(--muted); font-size: 13px; }
 @media print {
   :root {
     --page: #fff; --card: #fff; --ink: #000; --muted: #444; --line: #ccc; --soft: #f3f3f3;
-    --federated: #0b62b8; --local: #b4530a; --base: #6b7482; --band: #0b62b81c;
+    --federated: #0b62b8; --local: #b4530a; --own: #7a3fa8; --base: #6b7482; --band: #0b62b81c;
     --s1: #0b62b8; --s2: #5fb3ea; --s3: #0f8f6d; --s4: #e0a100; --s5: #c0561b; --s6: #b0679b; --s7: #8b94a3; --s8: #3d4653;
   }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from fedllm.model.export import load_peft_adapter
 from fedllm.model.initial import initial_arrays
 from fedllm.runs import RunFolder
 from fedllm.update import Arrays
@@ -112,3 +114,37 @@ def test_fedsa_keeps_b_at_the_sites_and_goes_on_with_it_after_a_restart(tiny_hom
     for site in ("site-0", "site-1"):
         [kept] = (clean.path / "sites" / site).glob("round-00004.kept-*")
         assert (again.path / "sites" / site / kept.name).read_bytes() == kept.read_bytes()
+
+
+def test_fedper_shares_the_lower_layers_and_keeps_the_upper_ones(tiny_home: Path) -> None:
+    """The tiny model has two layers: one is shared, one stays."""
+    folder = run_tiny(tiny_home, **{"strategy.name": "fedper"})
+    start, end = first(folder), params(folder)
+    for name in start:
+        assert np.array_equal(start[name], end[name]) == (".layers.1." in name)
+    [event] = events(folder, "personalised")
+    assert event["loss"] == pytest.approx(losses(folder)[-1], abs=1e-6)
+    assert event["loss"] < event["federated"] < losses(folder)[0]
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedsa-lora", "fedper"])
+def test_a_site_ends_with_an_adapter_of_its_own_that_peft_reads(strategy: str, tiny_home: Path) -> None:
+    folder = run_tiny(tiny_home, **{"strategy.name": strategy, "evaluation.personal_steps": 4})
+    [event] = events(folder, "personalised")
+    assert event["num_steps"] == 4
+    own = [load_peft_adapter(folder.path / "sites" / site / "adapter") for site in ("site-0", "site-1")]
+    assert own[0].keys() == own[1].keys() == params(folder).keys()
+    assert bits(own[0]) != bits(own[1])
+    assert event["loss"] < losses(folder)[-1]
+    for site in ("site-0", "site-1"):
+        assert event["sites"][site]["loss"] < event["sites"][site]["federated"]
+    assert "personalised" in folder.report.read_text()
+    assert "personalised" in folder.log.read_text()
+
+
+def test_personalising_changes_nothing_that_a_resumed_run_goes_on_with(tiny_home: Path) -> None:
+    settings = {"strategy.name": "fedsa-lora", "evaluation.personal_steps": 3, "train.schedule": "constant"}
+    plain = run_tiny(tiny_home, name="plain", num_rounds=3, **{**settings, "evaluation.personal_steps": 0})
+    run_tiny(tiny_home, name="more", num_rounds=2, **settings)
+    more = run_tiny(tiny_home, name="", resume="more", num_rounds=3, **settings)
+    assert bits(params(plain)) == bits(params(more))

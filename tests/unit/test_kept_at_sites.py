@@ -15,6 +15,9 @@ from fedllm.codecs.payload import open_payload
 from fedllm.model.initial import initial_arrays
 from fedllm.runs import RunFolder
 from fedllm.update import Arrays, Layout
+from server_app.events import read_events
+from server_app.results import Results
+from server_app.story import final_table
 from tests.fake_federation import LAYOUT, Handler, InProcessGrid, LocalSite, first_values
 from tests.unit.test_loop import TRANSPORTS, events, params, run
 
@@ -88,6 +91,26 @@ def test_every_site_is_evaluated_with_its_own_b(tmp_path: Path) -> None:
     for site in sites:
         assert rows[site.name]["loss"] == pytest.approx(site.score(state | kept(site, 3)).loss, rel=1e-6)
         assert rows[site.name]["loss"] < site.score(state).loss
+
+
+def test_the_last_global_adapter_and_every_sites_own_are_told_apart(tmp_path: Path) -> None:
+    sites = members(tmp_path)
+    folder = run_with(tmp_path, sites)
+    [event] = events(folder, "personalised")
+    state = params(folder)
+    for site in sites:
+        row = event["sites"][site.name]
+        assert row["federated"] == pytest.approx(site.score(state).loss, rel=1e-6)
+        assert row["loss"] == pytest.approx(site.score(state | kept(site, 3)).loss, rel=1e-6)
+    [*rows, overall] = Results.of(read_events(folder.metrics)).rows()
+    for row, site in zip(rows, sites, strict=True):
+        losses = [site.score(one).loss for one in (initial_arrays(LAYOUT, 42), state, state | kept(site, 3))]
+        assert [row.base, row.federated, row.personalised] == pytest.approx(losses, rel=1e-6)
+        assert row.winner == "personalised"
+    assert overall.personalised == pytest.approx(event["loss"])
+    table = "\n".join(final_table(Results.of(read_events(folder.metrics))))
+    assert "personalised" in table
+    assert f"{overall.personalised:.3f}" in table
 
 
 @pytest.mark.parametrize("changes", [{}, LOSSY], ids=["lossless", "lossy"])
