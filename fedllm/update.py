@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +21,6 @@ from fedllm.errors import LayoutError, NonFiniteError, explain
 
 Arrays = dict[str, NDArray[np.float32]]
 """An adapter's values by tensor name, always float32 in memory; the layout's dtype is what a site trains in."""
-
-ScalarT = TypeVar("ScalarT", bound=np.generic)
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_TENSORS = 100_000
@@ -111,13 +108,6 @@ class Layout:
         """Bytes of all tensors in float32."""
         return 4 * self.num_parameters
 
-    def views(self, block: NDArray[ScalarT]) -> Iterator[tuple[str, NDArray[ScalarT]]]:
-        """Yield each tensor's name and its part of a flat block of :attr:`num_parameters` values, in its shape."""
-        start = 0
-        for spec in self.tensors:
-            yield spec.name, block[start : start + spec.size].reshape(spec.shape)
-            start += spec.size
-
     def to_json(self) -> str:
         """Return the canonical JSON text: the same layout always gives the same text."""
         rows = [[spec.name, list(spec.shape), spec.dtype, spec.role] for spec in self.tensors]
@@ -177,11 +167,6 @@ def taken(arrays: Mapping[str, NDArray[np.float32]], layout: Layout) -> Arrays:
 def zeros(layout: Layout) -> Arrays:
     """Return arrays of zeros in the layout's shapes."""
     return {spec.name: np.zeros(spec.shape, np.float32) for spec in layout.tensors}
-
-
-def empty(layout: Layout) -> Arrays:
-    """Return arrays of any values in the layout's shapes, one behind the other in one block of memory."""
-    return dict(layout.views(np.empty(layout.num_parameters, np.float32)))
 
 
 def digest_arrays(arrays: Mapping[str, NDArray[np.float32]], layout: Layout) -> str:
