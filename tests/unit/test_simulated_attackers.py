@@ -107,7 +107,7 @@ def answer_loss(home: Path, folder: RunFolder, question: str, answer: str) -> fl
     assert state is not None
     config = read_run_config({**SETTINGS, "home": str(home)})
     base = load_base(config.model, home=home, cache_dir=home / "cache")
-    model = attach_adapter(base, config.adapter)
+    model = attach_adapter(base, config.spec.adapter)
     write_adapter(model, state.layout, state.params)
     talk = Example((Message("user", question), Message("assistant", answer)))
     sequences, _ = encode([talk], base.tokenizer, 128)
