@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
 
 from client_app.attacks import DISTORTIONS, USUAL_STRENGTHS, Attack, simulated_attack
 from client_app.workplace import Workplace, open_workplace
@@ -15,6 +16,8 @@ from fedllm.data.examples import Example, Message
 from fedllm.errors import ConfigError
 from fedllm.messages import Hello
 from fedllm.update import Arrays
+from server_app.app import main
+from tests.fake_federation import InProcessGrid
 from tests.robust_tools import LAYOUT, draw_rows, to_arrays, to_row
 
 DELTA: Arrays = to_arrays(draw_rows(1, 1)[0], LAYOUT)
@@ -117,3 +120,10 @@ def test_attack_and_attackers_belong_together() -> None:
     backdoor = {"simulation.attack": "backdoor", "simulation.num_attackers": 1, "simulation.attack_strength": 1.5}
     with pytest.raises(ConfigError, match="share of the examples"):
         read_run_config(backdoor)
+
+
+def test_outside_simulation_the_server_refuses_a_run_with_attackers(tmp_path: Path) -> None:
+    flat = {"home": str(tmp_path), "name": "x", "simulation.attack": "ipm", "simulation.num_attackers": 1}
+    with pytest.raises(ConfigError, match=r"deployed sites know none; in simulation\.attack"):
+        main(InProcessGrid({}), Context(1, 0, {}, RecordDict(), flat))
+    assert not list(tmp_path.iterdir())
