@@ -17,6 +17,7 @@ def test_a_robust_rule_names_and_withstands_simulated_attackers(tmp_path: Path) 
     rows = [{"prompt": f"Count to {i}.", "completion": f"Here are {i} numbers."} for i in range(80)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = {
+        "name": "attacked",
         "num_rounds": 2,
         "model.source": f"path:{tmp_path / 'model'}",
         "data.source": f"file:{tmp_path / 'data.jsonl'}",
@@ -25,6 +26,9 @@ def test_a_robust_rule_names_and_withstands_simulated_attackers(tmp_path: Path) 
         "simulation.attack": "sign-flip",
         "simulation.num_attackers": 1,
         "rounds.min_sites": 5,
+        "strategy.aggregator": "multi-krum",
+        "strategy.byzantine_sites": 1,
+        "strategy.norm_bound": "median",
         "train.local_steps": 4,
         "train.learning_rate": 0.01,
         "train.schedule": "constant",
@@ -32,16 +36,14 @@ def test_a_robust_rule_names_and_withstands_simulated_attackers(tmp_path: Path) 
         "evaluation.local_only": False,
         "evaluation.prompt": "",
     }
-    rule = {"strategy.aggregator": "multi-krum", "strategy.byzantine_sites": 1, "strategy.norm_bound": "median"}
-    losses = {}
     with flower(tmp_path / "home", FEDLLM_CACHE=str(tmp_path / "cache")) as home:
-        for name, choice in (("mean", {}), ("robust", rule)):
-            output = home.run({"name": name, **settings, **choice}, num_sites=5)
-            events = home.events(name)
-            assert events[-1]["status"] == "finished", output
-            losses[name] = [event["loss"] for event in events if event["event"] == "evaluation"]
-            rounds = [event for event in events if event["event"] == "round"]
-    assert losses["robust"][-1] < losses["robust"][0] < losses["mean"][-1]
-    for event in rounds:
-        assert event["measurements"]["share/site-4"] == 0.0
-        assert event["measurements"]["norm_bound"] < event["measurements"]["norm_max"]
+        output = home.run(settings, num_sites=5)
+        events = home.events("attacked")
+    assert events, output
+    assert events[-1]["status"] == "finished", output
+    losses = [event["loss"] for event in events if event["event"] == "evaluation"]
+    assert losses[-1] < losses[0] - 0.1
+    for event in (event for event in events if event["event"] == "round"):
+        measured = event["measurements"]
+        assert measured["share/site-4"] == 0.0
+        assert measured["norm_max"] > 5 * measured["norm_median"] == pytest.approx(5 * measured["norm_bound"])
