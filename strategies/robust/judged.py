@@ -91,7 +91,7 @@ class _Judging:
             if share > 0:
                 inner.fold(Scaled(update, scale) if scale != 1 else update, replace(contribution, weight=share))
         delta, measured = inner.finish()
-        return delta, {**verdict.measured, **measured}
+        return delta, {**measured, **verdict.measured}  # of two rules, the first saw the updates as they came
 
 
 @dataclass(frozen=True)

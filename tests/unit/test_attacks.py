@@ -16,7 +16,7 @@ from fedllm.data.examples import Example, Message
 from fedllm.errors import ConfigError
 from fedllm.messages import Hello
 from fedllm.update import Arrays
-from server_app.app import main
+from server_app.app import serve
 from tests.fake_federation import InProcessGrid
 from tests.robust_tools import LAYOUT, draw_rows, to_arrays, to_row
 
@@ -125,5 +125,5 @@ def test_attack_and_attackers_belong_together() -> None:
 def test_outside_simulation_the_server_refuses_a_run_with_attackers(tmp_path: Path) -> None:
     flat = {"home": str(tmp_path), "name": "x", "simulation.attack": "ipm", "simulation.num_attackers": 1}
     with pytest.raises(ConfigError, match=r"deployed sites know none; in simulation\.attack"):
-        main(InProcessGrid({}), Context(1, 0, {}, RecordDict(), flat))
+        serve(InProcessGrid({}), Context(1, 0, {}, RecordDict(), flat), fixed_sites=False)
     assert not list(tmp_path.iterdir())

@@ -74,4 +74,5 @@ def test_a_norm_bound_in_front_of_a_rule_changes_what_the_rule_sees() -> None:
     alone, _ = aggregate(rows, RULES["median"], layout=WIDE)
     assert np.linalg.norm(found - truth) < np.linalg.norm(alone - truth)
     assert measured["sites_scaled"] >= NUM_ATTACKERS
+    assert measured["norm_max"] == pytest.approx(np.linalg.norm(rows, axis=1).max()), "norms are those that came"
     assert measured["values_kept"] == 2
