@@ -142,6 +142,10 @@ class RoundsConfig(Section):
     deadline_s: float = Field(3600.0, gt=0)
     """Seconds after which a round closes with the replies that came."""
 
+    grace_s: float = Field(0.0, ge=0)
+    """Once `min_sites` usable replies are in, wait so many seconds more for the others and then close the round; 0 waits
+    for all until the deadline."""
+
     resends: int = Field(1, ge=0)
     """Times a site is asked again within a round after its reply was lost or it lacked the state."""
 

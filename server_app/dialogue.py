@@ -8,7 +8,6 @@ update, so it does not train twice for one request.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 
 from fedllm.errors import StaleStateError
@@ -16,7 +15,7 @@ from fedllm.messages import Failure, StateInstruction
 from fedllm.wire.transport import Envelope
 from server_app.broadcast import Broadcast
 from server_app.checkpoint import RunState
-from server_app.exchange import Reply
+from server_app.exchange import Deadline, Reply
 from server_app.federation import Federation
 from server_app.roster import Member
 
@@ -58,11 +57,11 @@ class Dialogue:
         self._resends: dict[str, int] = {}
         self.bytes_down = 0
 
-    def ask(self, sites: Mapping[str, Member], timeout_s: float) -> Iterator[tuple[str, Reply]]:
+    def ask(self, sites: Mapping[str, Member], deadline: Deadline) -> Iterator[tuple[str, Reply]]:
         """Send to all and yield each site's answer as it comes; a site that stays silent yields nothing."""
         names = {member.node: name for name, member in sites.items()}
         pending = self._send(sites)
-        for reply in self._federation.exchange.replies(pending, time.monotonic() + timeout_s):
+        for reply in self._federation.exchange.replies(pending, deadline):
             site = names[reply.node]
             if self._is_worth_asking_again(site, reply):
                 pending |= self._send({site: sites[site]})

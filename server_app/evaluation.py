@@ -24,6 +24,7 @@ from server_app.broadcast import Broadcast
 from server_app.central import central_score
 from server_app.checkpoint import RunState
 from server_app.dialogue import Dialogue
+from server_app.exchange import Deadline
 from server_app.federation import Federation
 from server_app.roster import Member
 
@@ -176,7 +177,7 @@ class _Poll:
         federation.transport.open_round(round_)
         try:
             dialogue = Dialogue(federation, self._state, self._broadcast, round_, self._make, with_update=False)
-            answers = {site: reply.message for site, reply in dialogue.ask(sites, timeout_s)}
+            answers = {site: reply.message for site, reply in dialogue.ask(sites, Deadline(timeout_s))}
         finally:
             federation.transport.close_round(round_)
         self.bytes_down = dialogue.bytes_down

@@ -51,6 +51,26 @@ class Reply:
     envelope: Envelope
 
 
+class Deadline:
+    """When waiting ends; it can be moved nearer while one waits.
+
+    Args:
+        timeout_s: Seconds from now.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._at = time.monotonic() + timeout_s
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left, negative where it has passed."""
+        return self._at - time.monotonic()
+
+    def cut(self, timeout_s: float) -> None:
+        """End at most so many seconds from now."""
+        self._at = min(self._at, time.monotonic() + timeout_s)
+
+
 class Exchange:
     """Sends instructions and yields replies.
 
@@ -86,20 +106,19 @@ class Exchange:
         by_id = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
         return {id_: by_id[id_] for id_ in ids if id_ in by_id}
 
-    def replies(self, pending: dict[str, int], deadline: float) -> Iterator[Reply]:
+    def replies(self, pending: dict[str, int], deadline: Deadline) -> Iterator[Reply]:
         """Yield replies as they come, until all came or the deadline passed; what is left counts as late.
 
         Args:
             pending: What :meth:`send` returned; answered messages are removed from it.
-            deadline: On the clock of :func:`time.monotonic`.
+            deadline: When waiting ends.
         """
         try:
             while pending:
                 yield from self.pull(pending)
-                left_s = deadline - time.monotonic()
-                if not pending or left_s <= 0:
+                if not pending or deadline.left_s <= 0:
                     return
-                time.sleep(min(self._poll_s, left_s))
+                time.sleep(max(0.0, min(self._poll_s, deadline.left_s)))
         finally:
             self._late.update(pending)
 

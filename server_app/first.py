@@ -7,7 +7,6 @@ whatever a site hands in is checked against what all others have; see docs/decis
 from __future__ import annotations
 
 import logging
-import time
 
 from fedllm.agreement import Agreement
 from fedllm.codecs.payload import open_payload
@@ -16,7 +15,7 @@ from fedllm.messages import Failure, FirstStateInstruction, FirstStateReport
 from fedllm.model.initial import can_be_drawn, initial_arrays
 from fedllm.update import Arrays, Layout, digest_arrays, zeros
 from fedllm.work import adapter_of, control_of
-from server_app.exchange import Reply
+from server_app.exchange import Deadline, Reply
 from server_app.federation import Federation
 
 log = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ def _asked(federation: Federation, site: str, max_bytes: int) -> Reply:
     envelope = federation.transport.offer(round_=_ROUND, site=site, state_id=None, max_update_bytes=max_bytes)
     instruction = FirstStateInstruction.model_validate(federation.instruction)
     pending = federation.exchange.send({node: (instruction, envelope)}, group="first-state")
-    deadline = time.monotonic() + federation.config.rounds.deadline_s
+    deadline = Deadline(federation.config.rounds.deadline_s)
     for reply in federation.exchange.replies(pending, deadline):
         if isinstance(reply.message, Failure):
             raise UpdateError(f"{reply.message.error}: {reply.message.reason}")

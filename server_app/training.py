@@ -22,7 +22,7 @@ from fedllm.work import ClientWork
 from server_app.broadcast import Broadcast
 from server_app.checkpoint import RunState
 from server_app.dialogue import Dialogue
-from server_app.exchange import Reply
+from server_app.exchange import Deadline, Reply
 from server_app.federation import Federation, Stopwatch
 from server_app.roster import Member
 from strategies.slots import Origin
@@ -151,13 +151,19 @@ def _collect(
     dialogue: Dialogue,
     round_: int,
 ) -> Harvest:
-    """Take replies as they come until enough are usable, all came, or the deadline passed."""
-    harvest = Harvest()
+    """Take replies as they come until enough are usable, all came, or the time is over.
+
+    With a grace period, the time is over so many seconds after the quorum is there.
+    """
+    harvest, rounds = Harvest(), federation.config.rounds
+    deadline = Deadline(rounds.deadline_s)
     wanted = federation.strategy.sampler.num_wanted(len(federation.roster.available()) or len(chosen))
-    for site, reply in dialogue.ask(chosen, federation.config.rounds.deadline_s):
+    for site, reply in dialogue.ask(chosen, deadline):
         _take(federation, state, broadcast, harvest, reply, site, round_)
         if len(harvest.accepted) >= min(wanted, len(chosen)) < len(chosen):
             break
+        if rounds.grace_s and len(harvest.accepted) >= rounds.min_sites:
+            deadline.cut(rounds.grace_s)
     for site in sorted(set(chosen) - set(harvest.accepted) - set(harvest.rejected)):
         harvest.reject(site, "no reply before the round closed")
     for late in federation.exchange.late():
