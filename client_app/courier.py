@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from client_app.attacks import Attack
+from client_app.choice import most_changed
 from client_app.kept import Kept
 from client_app.memory import Memory
 from client_app.site import SiteConfig
@@ -40,11 +41,13 @@ class Update:
         path: The encoded update.
         residual_norm: Norm of what is left unsent now over the norm of the update, 0 without feedback.
         decoded: What the server will decode, empty where nobody here needs it.
+        tensors: Names of the tensors that it holds, empty where the site had no choice.
     """
 
     path: Path
     residual_norm: float
     decoded: Arrays
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,10 @@ class Courier:
         delta: Arrays = {name: trained[name] - received[name] for name in shared.names}
         if self.attack is not None:
             delta = self.attack.distort(delta, asked.round)
+        chosen = most_changed(delta, received, asked.work.num_chosen(part)) if asked.work.share < 1 else []
+        if chosen:
+            part = shared = part.only(chosen)
+            delta = taken(delta, part)
         feedback = self._feedback()
         intended = self._compensated(feedback, delta, shared, asked) if feedback else delta
         info = encode_payload(
@@ -201,10 +208,10 @@ class Courier:
         )
         decoded = info.decoded or {}
         if feedback is None:
-            return Update(path, 0.0, decoded)
+            return Update(path, 0.0, decoded, tuple(chosen))
         residual = feedback.residual(intended, decoded)
         self.memory.keep_residual(asked.round, shared, residual)
-        return Update(path, relative_norm(residual, delta), decoded)
+        return Update(path, relative_norm(residual, delta), decoded, tuple(chosen))
 
     def _feedback(self) -> ErrorFeedback | None:
         transport = self.config.transport

@@ -8,7 +8,8 @@ base comes from the cache on disk.
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from peft import PeftModel
@@ -38,11 +39,17 @@ from fedllm.model.build import (
 from fedllm.model.evaluate import evaluate_loss
 from fedllm.model.export import save_peft_adapter
 from fedllm.model.generate import answer, without_adapter
+from fedllm.model.prompts.attach import num_used, use_first
+from fedllm.model.prompts.tensors import with_first_tokens
+from fedllm.model.spec import LoraSpec
 from fedllm.provenance import versions
 from fedllm.update import Arrays, Layout, digest_arrays
 from fedllm.wire.transport import Envelope
 
 log = logging.getLogger(__name__)
+
+Part = Callable[[PeftModel], AbstractContextManager[None]]
+"""Leaves something of a model away for a while."""
 
 OWN_ADAPTER = "adapter"
 """Folder of the state directory that holds the site's own adapter after a run."""
@@ -160,15 +167,24 @@ class Session:
             result = train(self.model, batches, plan, drift=drift, on_step=show)
         return result, read_adapter(self.model, self.layout)
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """How many of the soft prompt's shared tokens the site uses, 0 for all."""
+        adapter = self.config.spec.adapter
+        used = 0 if isinstance(adapter, LoraSpec) else num_used(self.model)
+        return 0 if isinstance(adapter, LoraSpec) or used == adapter.num_virtual_tokens else used
+
     def export(self, adapter: Arrays) -> None:
         """Leave an adapter for PEFT in the state directory, as the site's own."""
-        folder, source = self.workplace.state_dir / OWN_ADAPTER, self.config.model.source
-        save_peft_adapter(folder, self.layout, adapter, self.config.spec, self.target_modules, source)
+        folder, source, layout = self.workplace.state_dir / OWN_ADAPTER, self.config.model.source, self.layout
+        if self.num_virtual_tokens:
+            adapter, layout = with_first_tokens(adapter, layout, self.num_virtual_tokens)
+        save_peft_adapter(folder, layout, adapter, self.config.spec, self.target_modules, source)
         log.info("the site's own adapter is in %s", folder)
 
-    def score(self, *, of_base: bool = False) -> Score:
-        """Evaluate the model as it is on the hold-out, or its base alone."""
-        with without_adapter(self.model) if of_base else nullcontext():
+    def score(self, part: Part | None = None) -> Score:
+        """Evaluate the model on the hold-out: as it is, or a part of it, such as :func:`without_adapter` leaves."""
+        with part(self.model) if part else nullcontext():
             totals = evaluate_loss(self.model, self.data.holdout, self.config.train.batch_size * 4)
         return Score(
             loss=totals.loss,
@@ -215,7 +231,10 @@ def open_session(instruction: Instruction, workplace: Workplace) -> Session:
     """
     config = instruction.read_config()
     base = cached_base(config.model, home=workplace.home, cache_dir=workplace.cache_dir, device=workplace.device)
-    model = attach_adapter(base, config.spec.adapter)
+    adapter = config.spec.adapter
+    model = attach_adapter(base, adapter)
+    if not isinstance(adapter, LoraSpec):
+        use_first(model, adapter.own_length(workplace.prompt_length(config)))
     return Session(
         workplace=workplace,
         config=config,

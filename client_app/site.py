@@ -43,6 +43,13 @@ class SiteDataSection(Section):
     """Upper bound on training examples, 0 for no bound of the site's own. The smaller of this and the run's holds."""
 
 
+class AdapterSection(Section):
+    """How much of the federation's adapter the site uses, within the operator's bounds."""
+
+    num_virtual_tokens: int = Field(0, ge=0)
+    """Virtual tokens of a soft prompt that the site uses and trains, the first ones; 0 for all."""
+
+
 class PathsSection(Section):
     """Where the site keeps files; relative paths count from the folder of this file."""
 
@@ -87,6 +94,7 @@ class SiteConfig(Section):
 
     site: SiteSection
     data: SiteDataSection
+    adapter: AdapterSection = AdapterSection()
     paths: PathsSection = PathsSection()
     hardware: HardwareSection = HardwareSection()
     transport: TransportSection = TransportSection()

@@ -31,8 +31,11 @@ from fedllm.messages import (
     TrainInstruction,
     TrainReport,
 )
+from fedllm.model.generate import without_adapter
+from fedllm.model.prompts.attach import without_personal
 from fedllm.update import taken
 from fedllm.wire.transport import Envelope
+from fedllm.work import adapter_of
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +132,8 @@ def _train(session: Session, instruction: TrainInstruction, courier: Courier) ->
     fetched = time.perf_counter()
     start, note = courier.own(received, instruction.round - 1)
     part, variates = work.trained(session.layout), courier.variates(received)
-    correction = {name: variates.correction(name) for name in part.names} if variates else None
+    shared = adapter_of(work.sent(courier.layout))
+    correction = {name: variates.correction(name) for name in shared.names} if variates else None
     drift = DriftControl(work.proximal, correction) if work.proximal or correction else None
     result, trained = session.train(
         start,
@@ -159,6 +163,8 @@ def _train(session: Session, instruction: TrainInstruction, courier: Courier) ->
         grad_norm=result.grad_norm_mean,
         seconds=ended - started,
         residual_norm=update.residual_norm,
+        tensors=update.tensors,
+        num_virtual_tokens=session.num_virtual_tokens,
         note=note or (LOST if variates and variates.was_lost else ""),
         phases={"fetch": fetched - started, "train": finished - fetched, "encode": ended - finished},
     )
@@ -175,7 +181,7 @@ def evaluate(instruction: EvaluateInstruction, envelope: Envelope, workplace: Wo
     courier = session.courier(instruction, envelope)
     adapter, _ = courier.own(courier.obtain(), instruction.round)
     session.load(adapter)
-    score = session.score(of_base=instruction.round == 0)
+    score = session.score(without_adapter if instruction.round == 0 else None)
     base, tuned = session.answer(instruction.prompt) if instruction.prompt else ("", "")
     report = EvaluateReport(
         site=workplace.site,
@@ -223,7 +229,7 @@ def personalise(instruction: PersonaliseInstruction, envelope: Envelope, workpla
     courier = session.courier(instruction, envelope)
     state = courier.obtain()
     session.load(taken(state, session.layout))
-    federated = session.score()
+    federated = session.score(without_personal)
     adapter, _ = courier.own(state, instruction.round)
     session.load(adapter)
     if instruction.num_steps:

@@ -61,6 +61,12 @@ class Workplace:
         index, num_partitions = self.partition
         return _partitions(data, self.home, config.simulation, num_partitions, config.seed)[index]
 
+    def prompt_length(self, config: RunConfig) -> int:
+        """Return how many virtual tokens of a soft prompt the site wants to use, 0 for all."""
+        if self.owner:
+            return self.owner.adapter.num_virtual_tokens
+        return config.simulation.prompt_length_of(self.partition[0]) if self.partition else 0
+
     def data_config(self, config: RunConfig) -> DataConfig:
         """Return the run's data section with what the data owner decides put in its place."""
         return self.owner.merged_data(config.data) if self.owner else config.data

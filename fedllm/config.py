@@ -60,6 +60,15 @@ class SimulationConfig(Section):
     dirichlet_alpha: float = Field(0.5, gt=0)
     """Concentration of the Dirichlet draw: smaller is more skewed."""
 
+    prompt_lengths: str = Field("", pattern=r"^(\d+(\s*,\s*\d+)*)?$")
+    """Virtual tokens that the sites use, such as `5,10,20`, taken in turn, from `adapter.min_virtual_tokens` to
+    `adapter.num_virtual_tokens`; empty takes the latter for all."""
+
+    def prompt_length_of(self, index: int) -> int:
+        """Return how many virtual tokens a site wants to use, 0 for all."""
+        lengths = [int(part) for part in self.prompt_lengths.split(",") if part.strip()]
+        return lengths[index % len(lengths)] if lengths else 0
+
     attack: Literal["none", "sign-flip", "gaussian", "ipm", "alie", "label-flip", "backdoor"] = "none"
     """What simulated attackers do, to try out robust aggregation (docs/strategies.md); deployed sites never do it."""
 
@@ -193,6 +202,9 @@ class StrategyConfig(Section):
 
     alignment: float = Field(0.5, gt=0, le=1)
     """Share of the turn towards the received factors that `fedrot` makes; without effect for other strategies."""
+
+    layer_share: float = Field(0.5, gt=0, le=1)
+    """Share of a prefix's layers that a site sends under `fedpeptao`: those that changed most for their size."""
 
     weighting: Literal["examples", "tokens", "uniform"] = "examples"
     """What a site's weight in the average is."""

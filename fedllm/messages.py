@@ -153,6 +153,8 @@ class TrainReport(Message):
     Attributes:
         loss: Mean loss over the round's target tokens.
         residual_norm: Norm of what error feedback keeps back, over the norm of the update; 0 without.
+        tensors: Names of the tensors that the site chose to send, empty where it has no choice.
+        num_virtual_tokens: How many virtual tokens of a soft prompt the site used, the first ones; 0 for all.
         note: What a person should know about this round at this site, empty for nothing.
     """
 
@@ -167,6 +169,8 @@ class TrainReport(Message):
     grad_norm: Finite
     seconds: Finite
     residual_norm: Finite = 0.0
+    tensors: tuple[str, ...] = ()
+    num_virtual_tokens: int = Field(0, ge=0)
     note: str = Field("", max_length=500)
     phases: dict[str, Finite] = {}
 

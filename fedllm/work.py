@@ -12,16 +12,19 @@ Evolution: fields are only added, with a default that means what was done before
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedllm.errors import ConfigError, explain
+from fedllm.errors import ConfigError, LayoutError, explain
 from fedllm.update import Layout, TensorSpec
 
 CONTROL = "control"
 """Role of control variates, and what their names begin with."""
+
+PERSONAL = ("personal_prompt", "personal_prefix")
+"""Roles of the tensors that every site trains for itself: they never leave it, whatever the strategy."""
 
 
 class ClientWork(BaseModel):
@@ -29,13 +32,14 @@ class ClientWork(BaseModel):
 
     Attributes:
         trainable: Roles of the tensors that are trained, empty for all.
-        private: Roles of the tensors that never leave the site.
+        private: Roles of the tensors that never leave the site, besides those of :data:`PERSONAL`.
         shared_depth: Share of the model's layers, from the bottom, whose tensors are shared; those of the layers above stay
             at the site. Tensors that belong to no layer are shared.
         proximal: Strength of the pull towards the received state, FedProx's mu; 0 for none.
         alignment: Share of the turn towards the received factors that a site makes before it hands in, as FedRot does;
             0 for none.
         control_variates: Correct every step by control variates, as SCAFFOLD does, and send their changes.
+        share: Share of those tensors that an update holds which a site really sends, of its own choice; it says which.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,12 +50,13 @@ class ClientWork(BaseModel):
     proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     alignment: Annotated[float, Field(ge=0, le=1)] = 0.0
     control_variates: bool = False
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     def state(self, adapter: Layout) -> Layout:
-        """Return the tensors of a global state: the adapter's, and the control variates of those that are trained."""
+        """Return the tensors of a global state: the adapter's, and the control variates of those that are shared."""
         if not self.control_variates:
             return adapter
-        return Layout((*adapter.tensors, *map(_control_of, self.trained(adapter).tensors)))
+        return Layout((*adapter.tensors, *map(_control_of, self.sent(adapter).tensors)))
 
     def trained(self, layout: Layout) -> Layout:
         """Return the tensors that a site trains.
@@ -78,6 +83,25 @@ class ClientWork(BaseModel):
         shares = self._sharing(layout)
         return layout.only([spec.name for spec in self.trained(layout).tensors if not shares(spec)])
 
+    def chosen(self, sent: Layout, names: Collection[str]) -> Layout:
+        """Return the tensors that an update really holds.
+
+        Args:
+            sent: Those that it may hold.
+            names: Those that the site chose, empty where it has no choice.
+
+        Raises:
+            LayoutError: They are not as many as they should be, or are others.
+        """
+        expected = self.num_chosen(sent) if self.share < 1 else 0
+        if len(set(names)) != expected or len(names) != expected:
+            raise LayoutError(explain("a site sends another share of its update", expected=expected, found=len(names)))
+        return sent.only(names) if names else sent
+
+    def num_chosen(self, sent: Layout) -> int:
+        """Return how many of the tensors that an update may hold it really holds."""
+        return math.ceil(round(self.share * len(sent.tensors), 6))  # 0.07 * 100 is a little more than 7
+
     def _trains(self, spec: TensorSpec) -> bool:
         return spec.role != CONTROL and (not self.trainable or spec.role in self.trainable)
 
@@ -85,9 +109,10 @@ class ClientWork(BaseModel):
         """Return whether a trained tensor of a layout is shared."""
         num_layers = 1 + max((layer_of(name) for name in layout.names), default=-1)
         first_private = math.ceil(self.shared_depth * num_layers) if self.shared_depth < 1 else num_layers
+        private = (*self.private, *PERSONAL)
 
         def shares(spec: TensorSpec) -> bool:
-            return self._trains(spec) and spec.role not in self.private and layer_of(spec.name) < max(1, first_private)
+            return self._trains(spec) and spec.role not in private and layer_of(spec.name) < max(1, first_private)
 
         return shares
 
@@ -113,6 +138,11 @@ def layer_of(name: str) -> int:
 def adapter_of(state: Layout) -> Layout:
     """Return the adapter's tensors of a state."""
     return state.only([spec.name for spec in state.tensors if spec.role != CONTROL])
+
+
+def common_of(adapter: Layout) -> Layout:
+    """Return the adapter's tensors without those that every site trains for itself: what the global adapter is."""
+    return adapter.only([spec.name for spec in adapter.tensors if spec.role not in PERSONAL])
 
 
 def control_of(state: Layout) -> Layout:

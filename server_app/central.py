@@ -9,6 +9,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from fedllm.config import RunConfig
+from fedllm.model.spec import common_part
+from fedllm.update import taken
+from fedllm.work import common_of
 from server_app.checkpoint import RunState
 
 
@@ -36,8 +39,8 @@ def central_score(config: RunConfig, home: Path, state: RunState) -> dict[str, f
     from fedllm.model.generate import without_adapter
 
     base = cached_base(config.model, home=home, cache_dir=default_cache_dir(), device="auto")
-    model = attach_adapter(base, config.spec.adapter)
-    write_adapter(model, state.adapter_layout, state.adapter)
+    model, layout = attach_adapter(base, common_part(config.spec.adapter)), common_of(state.adapter_layout)
+    write_adapter(model, layout, taken(state.adapter, layout))
     examples = load_examples(source, config.data.format, home, deduplicate=config.data.deduplicate)
     sequences, _ = encode(examples, base.tokenizer, config.data.max_length)
     with nullcontext() if state.round else without_adapter(model):  # round 0 is the base alone

@@ -20,7 +20,8 @@ from fedllm.errors import FedLLMError, QuorumError, explain
 from fedllm.manifest import Manifest, SiteCounts
 from fedllm.messages import Introduction
 from fedllm.model.export import save_peft_adapter
-from fedllm.update import Layout, digest_arrays
+from fedllm.update import Layout, digest_arrays, taken
+from fedllm.work import common_of
 from server_app.checkpoint import RunState, save_checkpoint
 from server_app.evaluation import Scores, ask_prompt, evaluate, local_only, personalised
 from server_app.federation import Federation
@@ -147,10 +148,11 @@ class Loop:
             ask_prompt(self.federation, state)
 
     def _export(self, state: RunState, name: str) -> None:
+        layout = common_of(state.adapter_layout)
         save_peft_adapter(
             self.federation.folder.path / name,
-            state.adapter_layout,
-            state.adapter,
+            layout,
+            taken(state.adapter, layout),
             self.federation.config.spec,
             list(state.target_modules),
             self.federation.config.model.source,

@@ -25,6 +25,7 @@ from server_app.dialogue import Dialogue
 from server_app.exchange import Deadline, Reply
 from server_app.federation import Federation, Stopwatch
 from server_app.roster import Member
+from strategies.parts import check_length, in_part
 from strategies.slots import Origin
 
 log = logging.getLogger(__name__)
@@ -184,8 +185,9 @@ def _take(
 ) -> None:
     try:
         report = _checked_report(reply, site, round_)
+        check_length(state.layout, report.num_virtual_tokens, federation.config.adapter.min_virtual_tokens)
         path = federation.transport.receive(round_=round_, site=site, reply=reply.envelope)
-        with _open(federation, state, path, round_, broadcast) as payload:
+        with _open(federation, state, path, report, broadcast) as payload:
             payload.verify()
             harvest.accepted[site] = Accepted(site, report, path, payload.num_bytes)
     except FedLLMError as error:
@@ -215,14 +217,17 @@ def _checked_report(reply: Reply, site: str, round_: int) -> TrainReport:
     return message
 
 
-def _open(federation: Federation, state: RunState, path: Path, round_: int, broadcast: Broadcast) -> PayloadReader:
+def _open(
+    federation: Federation, state: RunState, path: Path, report: TrainReport, broadcast: Broadcast
+) -> PayloadReader:
+    work = federation.strategy.work.at(report.round)
     return open_payload(
         path,
-        layout=_sent(federation, state, round_),
+        layout=work.chosen(work.sent(state.layout), report.tensors),
         base=state.agreement.base,
         max_bytes=federation.config.transport.max_update_bytes,
         kind="update",
-        round_=round_,
+        round_=report.round,
         reference_id=broadcast.state_id,
         reference=broadcast.arrays,
     )
@@ -241,13 +246,15 @@ def _aggregate(
     """
     num_sites = len(federation.roster.members)
     origin = Origin(state.round + 1, state.layout, state.params, broadcast.arrays, num_sites)
-    aggregation = federation.strategy.aggregator.start(_sent(federation, state, state.round + 1), origin)
+    sent = _sent(federation, state, state.round + 1)
+    aggregation = federation.strategy.aggregator.start(sent, origin)
     with ExitStack() as kept:
         for site in sorted(accepted):
             reply = accepted[site]
             weight = _weight(federation.config.strategy.weighting, reply.report)
             payload = kept.enter_context(_spooled(federation, state, broadcast, reply))
-            aggregation.fold(payload, Contribution(site, weight, {"loss": reply.report.loss}))
+            source = in_part(payload, sent, reply.report.tensors, reply.report.num_virtual_tokens)
+            aggregation.fold(source, Contribution(site, weight, {"loss": reply.report.loss}))
             if not aggregation.reads_until_finish:
                 kept.close()
         try:
@@ -266,7 +273,7 @@ def _aggregate(
 def _spooled(federation: Federation, state: RunState, broadcast: Broadcast, reply: Accepted) -> Iterator[PayloadReader]:
     """Open an accepted update; its file is deleted afterwards."""
     try:
-        with _open(federation, state, reply.payload, reply.report.round, broadcast) as payload:
+        with _open(federation, state, reply.payload, reply.report, broadcast) as payload:
             yield payload
     finally:
         reply.payload.unlink(missing_ok=True)

@@ -29,7 +29,8 @@ class _RunningMean:
     rare rounding ties; deterministic runs fold in a fixed order all the same.
 
     Where sites send parts of an update only (a codec with `mask` or `segment`), each coordinate is averaged over the sites
-    that sent it, and one that nobody sent does not move.
+    that sent it, and one that nobody sent does not move. A tensor that nobody sent is not in the mean, so that no momentum
+    moves it either.
     """
 
     reads_until_finish = False
@@ -56,6 +57,8 @@ class _RunningMean:
         means: Arrays = {}
         squares = []
         for name in self._layout.names:
+            if self._covered is not None and not self._covered[name].any():
+                continue
             mean = self._mean(name, self._sums.pop(name))
             squares.append(float(np.vdot(mean, mean)))
             means[name] = mean.astype(np.float32)

@@ -19,8 +19,11 @@ from strategies.robust.coordinates import num_trimmed
 Question = Callable[[RunConfig], bool]
 
 FEATURES: dict[str, Question] = {
+    "adapter.min_virtual_tokens": lambda config: config.adapter.min_virtual_tokens > 0,
     "adapter.kind = 'lora'": lambda config: config.adapter.kind == "lora",
     "an adapter.kind other than 'lora'": lambda config: config.adapter.kind != "lora",
+    "an adapter.kind without layers": lambda config: config.adapter.kind in ("prompt", "ptuning"),
+    "an adapter.kind other than 'prefix'": lambda config: config.adapter.kind != "prefix",
     "transport.uplink with segment": lambda config: _uplink_has(config, "segment"),
     "transport.uplink with topk": lambda config: _uplink_has(config, "topk"),
     "strategy.robust_on = 'products'": lambda config: config.strategy.robust_on == "products",
@@ -37,7 +40,10 @@ FEATURES: dict[str, Question] = {
 """Questions by what a message calls the feature."""
 
 _SEGMENT = {
-    "transport.uplink with segment": "sites send different parts of their updates, which cannot be compared with each other"
+    "adapter.min_virtual_tokens": "sites with shorter prompts say nothing of the other tokens",
+    "transport.uplink with segment": (
+        "sites send different parts of their updates, which cannot be compared with each other"
+    ),
 }
 _BY_COORDINATE = {
     **_SEGMENT,
@@ -61,6 +67,8 @@ _ONE_FACTOR = {
     "strategy.robust_on = 'products'": "an update holds one factor only, and the other one is not known to the server"
 }
 _ON_FACTORS = {"an adapter.kind other than 'lora'": "the strategy is about LoRA's two factors"}
+_BY_LAYER = {"an adapter.kind without layers": "the strategy divides an adapter between layers"}
+_ONE_PER_LAYER = {"an adapter.kind other than 'prefix'": "the strategy chooses among the layers of a prefix"}
 _ON_SOFT_PROMPTS = {"adapter.kind = 'lora'": "the strategy is about soft prompts"}
 _NO_PRODUCTS = {"strategy.robust_on = 'products'": "a soft prompt has no products"}
 
@@ -70,7 +78,8 @@ REFUSALS: dict[str, Mapping[str, str]] = {
     "adapter.kind = 'prefix'": _NO_PRODUCTS,
     "adapter.kind = 'ptuning'": _NO_PRODUCTS,
     "strategy.name = 'fedavg'": _MEAN_OF_FACTORS,
-    "strategy.name = 'fedper'": _MEAN_OF_FACTORS,
+    "strategy.name = 'fedper'": {**_MEAN_OF_FACTORS, **_BY_LAYER},
+    "strategy.name = 'fedpeptao'": {**_ONE_PER_LAYER, **_OWN_AGGREGATOR},
     "strategy.name = 'fedprompt'": _ON_SOFT_PROMPTS,
     "strategy.name = 'fedprox'": _MEAN_OF_FACTORS,
     "strategy.name = 'fedrot'": {**_MEAN_OF_FACTORS, **_ON_FACTORS},
@@ -125,6 +134,11 @@ _ENOUGH_TRIMMED = Bound(
     "strategy.byzantine_sites",
     "Raise strategy.trim_fraction or rounds.min_sites.",
 )
+_ADAPTIVE = Bound(
+    lambda config: config.strategy.server_optimizer != "sgd",
+    "the strategy's server optimizer is adaptive",
+    "Set strategy.server_optimizer to 'adam', with a strategy.server_learning_rate such as 0.01.",
+)
 _SOMEONE_TO_TRUST = Bound(
     lambda config: bool(config.strategy.trusted_site),
     "the rule needs a site to judge the others by",
@@ -132,6 +146,7 @@ _SOMEONE_TO_TRUST = Bound(
 )
 
 BOUNDS: dict[str, Bound] = {
+    "strategy.name = 'fedpeptao'": _ADAPTIVE,
     "strategy.aggregator = 'median'": _HONEST_MAJORITY,
     "strategy.aggregator = 'trimmed-mean'": _ENOUGH_TRIMMED,
     "strategy.aggregator = 'krum'": _FEW_LIARS,
@@ -143,8 +158,10 @@ BOUNDS: dict[str, Bound] = {
 
 _NO_WEIGHTS = ("median", "trimmed-mean", "krum", "multi-krum", "fltrust")
 EFFECTS: dict[str, Question] = {
+    "simulation.prompt_lengths": lambda config: config.adapter.min_virtual_tokens > 0,
     "rounds.fraction": lambda config: config.rounds.sampler != "all",
     "rounds.over_selection": lambda config: config.rounds.sampler in ("uniform", "weighted"),
+    "strategy.layer_share": lambda config: config.strategy.name == "fedpeptao",
     "strategy.proximal_mu": lambda config: config.strategy.name == "fedprox",
     "strategy.shared_depth": lambda config: config.strategy.name == "fedper",
     "strategy.alignment": lambda config: config.strategy.name == "fedrot",

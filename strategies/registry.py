@@ -11,6 +11,7 @@ from collections.abc import Callable
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, explain
 from strategies.fedavg import fedavg
+from strategies.fedpeptao import fedpeptao
 from strategies.fedper import fedper
 from strategies.fedprompt import fedprompt
 from strategies.fedprox import fedprox
@@ -26,6 +27,7 @@ Recipe = Callable[[RunConfig], Strategy]
 RECIPES: dict[str, Recipe] = {
     "fedavg": fedavg,
     "fedper": fedper,
+    "fedpeptao": fedpeptao,
     "fedprompt": fedprompt,
     "fedprox": fedprox,
     "fedrot": fedrot,

@@ -354,9 +354,8 @@ class LocalSite(QuadraticSite):
         update = courier.encode(received, trained32, change)
         if variates:
             variates.keep(instruction.round, update.decoded)
-        return self.report(
-            instruction, start, note=note or (LOST if variates and variates.was_lost else "")
-        ), courier.push(update.path)
+        fields = {"note": note or (LOST if variates and variates.was_lost else ""), "tensors": update.tensors}
+        return self.report(instruction, start, **fields), courier.push(update.path)
 
     def personalise(self, instruction: PersonaliseInstruction, envelope: Envelope) -> PersonaliseReport:
         state = self.courier(instruction, envelope).obtain()

@@ -23,7 +23,7 @@ from fedllm.model.initial import initial_arrays
 from fedllm.model.prompts import attach as prompts
 from fedllm.model.prompts.tensors import role_of
 from fedllm.model.quantize import linear_names
-from fedllm.model.spec import AdapterSpec, LoraSpec, PrefixSpec, PromptSpec
+from fedllm.model.spec import AdapterSpec, LoraSpec, PrefixSpec, PromptSpec, SoftPromptSpec
 from fedllm.update import Arrays, Layout, TensorSpec, check_arrays
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def attach_adapter(base: LoadedBase, adapter: AdapterSpec) -> PeftModel:
         if base.spec.gradient_checkpointing:
             # Without re-entrance the inputs need no gradient, and the first layers no backward pass.
             base.model.activation_checkpointing_enable({"use_reentrant": False})
+    if isinstance(adapter, SoftPromptSpec):
+        prompts.use_first(slot.model, adapter.num_virtual_tokens)
     layout = layout_of(slot.model)
     write_adapter(slot.model, layout, first_values(base, adapter, layout, seed=0))
     slot.model.eval()
@@ -136,8 +138,8 @@ def _wrap(model: PreTrainedModel, adapter: AdapterSpec) -> PeftModel:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel), "PEFT's mixed models are not asked for"
-    if prompts.is_soft_prompt(wrapped):
-        prompts.take_apart(wrapped)
+    if isinstance(adapter, SoftPromptSpec):
+        prompts.take_apart(wrapped, adapter)
     return wrapped
 
 

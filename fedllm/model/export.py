@@ -19,8 +19,8 @@ from safetensors.numpy import load, save
 from fedllm.errors import ModelError, explain
 from fedllm.files import atomic_write
 from fedllm.model.prompts.tensors import EXPORTED, exported
-from fedllm.model.spec import AdapterSpec, LoraSpec, ModelSpec, PromptSpec, PtuningSpec
-from fedllm.update import Arrays, Layout, check_arrays
+from fedllm.model.spec import AdapterSpec, LoraSpec, ModelSpec, PromptSpec, PtuningSpec, SoftPromptSpec, common_part
+from fedllm.update import Arrays, Layout, check_arrays, taken
 
 _PEFT_TYPES = {"prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING", "ptuning": "P_TUNING"}
 
@@ -51,9 +51,12 @@ def save_peft_adapter(
         NonFiniteError: A value is NaN or infinite.
     """
     check_arrays(arrays, layout, f"the adapter for {folder}")
-    is_lora = isinstance(spec.adapter, LoraSpec)
-    tensors = {name: arrays[name] for name in layout.names} if is_lora else {EXPORTED: exported(arrays, layout)}
-    config = _peft_config(spec.adapter, target_modules, base_name_or_path)
+    if isinstance(spec.adapter, LoraSpec):
+        tensors, config = taken(arrays, layout), _lora_config(spec.adapter, target_modules)
+    else:
+        tensors = {EXPORTED: exported(arrays, layout)}
+        config = _soft_prompt_config(spec.adapter, len(tensors[EXPORTED]))
+    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name_or_path, "inference_mode": True}
     # PEFT asks the metadata for the framework that wrote the file and refuses none; "pt" is what it writes itself.
     weights = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata={"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,8 +65,10 @@ def save_peft_adapter(
 
 
 def served_as(adapter: AdapterSpec) -> AdapterSpec:
-    """Return what an exported adapter is read back as: P-tuning as the prompt that it computed, others as they are."""
-    return PromptSpec(num_virtual_tokens=adapter.num_virtual_tokens) if isinstance(adapter, PtuningSpec) else adapter
+    """Return what an exported global adapter is read back as: P-tuning as the prompt that it computed."""
+    if isinstance(adapter, PtuningSpec):
+        return PromptSpec(num_virtual_tokens=adapter.num_virtual_tokens)
+    return common_part(adapter)
 
 
 def load_peft_adapter(folder: Path) -> Arrays:
@@ -84,16 +89,16 @@ def load_peft_adapter(folder: Path) -> Arrays:
     return {name: np.asarray(value, np.float32) for name, value in tensors.items()}
 
 
-def _peft_config(adapter: AdapterSpec, target_modules: list[str], base: str) -> dict[str, object]:
-    """Return the settings that decide what the adapter computes; PEFT fills in its defaults for the rest."""
-    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
-    if isinstance(adapter, LoraSpec):
-        return common | _lora_config(adapter, target_modules)
-    sizes = {"num_virtual_tokens": adapter.num_virtual_tokens, "num_transformer_submodules": 1}
-    return common | sizes | {"peft_type": _PEFT_TYPES[adapter.kind]}
+def _soft_prompt_config(adapter: SoftPromptSpec, num_virtual_tokens: int) -> dict[str, object]:
+    return {
+        "peft_type": _PEFT_TYPES[adapter.kind],
+        "num_virtual_tokens": num_virtual_tokens,
+        "num_transformer_submodules": 1,
+    }
 
 
 def _lora_config(adapter: LoraSpec, target_modules: list[str]) -> dict[str, object]:
+    """Return the settings that decide what the adapter computes; PEFT fills in its defaults for the rest."""
     return {
         "peft_type": "LORA",
         "r": adapter.rank,

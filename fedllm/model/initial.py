@@ -37,8 +37,8 @@ def initial_arrays(layout: Layout, seed: int) -> Arrays:
     """Draw the first global adapter; each tensor's draw depends on the seed and its name only.
 
     Args:
-        layout: Tensors of role `lora_A` [R, I], `lora_B` [O, R] and `control`, which is zero; `prefix` [M, 2 D],
-            `encoder_input` [M, H] and `encoder` [O, I] or [O].
+        layout: Tensors of role `lora_A` [R, I], `lora_B` [O, R] and `control`, which is zero; `prefix` and
+            `personal_prefix` [M, 2 D], `encoder_input` [M, H] and `encoder` [O, I] or [O].
         seed: The run's seed.
 
     Raises:
@@ -91,6 +91,7 @@ _RULES: dict[tuple[str, int], Rule] = {
     ("lora_A", 2): _uniform,
     ("lora_B", 2): _zeros,
     ("prefix", 2): _small,
+    ("personal_prefix", 2): _small,
     ("encoder_input", 2): _normal,
     ("encoder", 2): _uniform,
     ("encoder", 1): _zeros,

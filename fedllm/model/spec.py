@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from fedllm.errors import ConfigError, explain
 
 Quantization = Literal["none", "int8", "nf4"]
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -78,6 +80,30 @@ class VirtualTokenSettings(Section):
     num_virtual_tokens: int = Field(20, ge=1, le=4096)
     """Length of a soft prompt. Virtual tokens come on top of `data.max_length`, once for every example."""
 
+    min_virtual_tokens: int = Field(0, ge=0, le=4096)
+    """Fewest of those tokens that a site may use: it then uses and trains the first ones; 0 asks all sites to use all."""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if self.min_virtual_tokens > self.num_virtual_tokens:
+            raise ValueError("adapter.min_virtual_tokens is larger than adapter.num_virtual_tokens")
+        return self
+
+    def own_length(self, wanted: int) -> int:
+        """Return how many of the tokens a site uses that wants so many, 0 for all.
+
+        Raises:
+            ConfigError: It is not allowed to.
+        """
+        fewest, most = self.min_virtual_tokens or self.num_virtual_tokens, self.num_virtual_tokens
+        if wanted and not fewest <= wanted <= most:
+            expected = str(most) if fewest == most else f"{fewest} to {most}"
+            fix = "Choose another length for the site, or have the operator change adapter.min_virtual_tokens."
+            raise ConfigError(
+                explain("a site's prompt length is out of bounds", expected=expected, found=wanted, fix=fix)
+            )
+        return wanted or most
+
 
 class InitialTextSettings(Section):
     """Where a prompt in the embedding space starts."""
@@ -85,6 +111,14 @@ class InitialTextSettings(Section):
     initial_text: str = Field("", max_length=4096)
     """Words whose embeddings a `prompt` starts from, repeated or cut to its length; empty takes frequent tokens of the
     vocabulary, drawn from the run's seed."""
+
+
+class PersonalTokenSettings(Section):
+    """What a site trains for itself."""
+
+    num_personal_tokens: int = Field(0, ge=0, le=4096)
+    """Further virtual tokens of a `prompt` or `prefix`, behind the shared ones, that every site trains for itself. They
+    never leave it."""
 
 
 class EncoderSettings(Section):
@@ -101,14 +135,14 @@ class LoraSpec(LoraSettings):
     """What is trained."""
 
 
-class PromptSpec(VirtualTokenSettings, InitialTextSettings):
+class PromptSpec(VirtualTokenSettings, InitialTextSettings, PersonalTokenSettings):
     """Prompt tuning: trained embeddings before every example (Lester et al., EMNLP 2021, arXiv 2104.08691)."""
 
     kind: Literal["prompt"] = "prompt"
     """What is trained."""
 
 
-class PrefixSpec(VirtualTokenSettings):
+class PrefixSpec(VirtualTokenSettings, PersonalTokenSettings):
     """Prefix tuning: trained keys and values before every example, in each layer (Li and Liang, ACL 2021,
     arXiv 2101.00190), without their reparametrisation, as in P-tuning v2 (Liu et al., arXiv 2110.07602).
     """
@@ -130,6 +164,13 @@ class PtuningSpec(VirtualTokenSettings, EncoderSettings):
 SoftPromptSpec = PromptSpec | PrefixSpec | PtuningSpec
 AdapterSpec = LoraSpec | SoftPromptSpec
 
+
+def common_part(adapter: AdapterSpec) -> AdapterSpec:
+    """Return an adapter without what every site trains for itself."""
+    own = isinstance(adapter, PromptSpec | PrefixSpec)
+    return adapter.model_copy(update={"num_personal_tokens": 0}) if own else adapter
+
+
 _SPECS: dict[AdapterKind, type[AdapterSpec]] = {
     "lora": LoraSpec,
     "prompt": PromptSpec,
@@ -147,7 +188,9 @@ class KindSetting(Section):
 
 
 # A section's settings come in the order of its bases from right to left.
-class AdapterConfig(EncoderSettings, InitialTextSettings, VirtualTokenSettings, LoraSettings, KindSetting):
+class AdapterConfig(
+    EncoderSettings, PersonalTokenSettings, InitialTextSettings, VirtualTokenSettings, LoraSettings, KindSetting
+):
     """What is trained on the frozen base: low-rank factors of its linear layers (Hu et al., LoRA, arXiv 2106.09685), or a
     soft prompt before every example. Settings of a kind that is not chosen are refused.
     """

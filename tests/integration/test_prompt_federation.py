@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.numpy import load_file
 
 from fedllm.manifest import Manifest
-from fedllm.model.build import attach_adapter, layout_of, write_adapter
+from fedllm.model.build import attach_adapter, first_values, layout_of, write_adapter
+from fedllm.model.prompts.attach import without_personal
 from fedllm.runs import RunFolder
 from server_app.checkpoint import RunState, load_latest
 from tests.bases import load_tiny, logits_of
@@ -76,3 +78,58 @@ def test_equal_seeds_give_equal_prompts(home: Path) -> None:
     a, b, c = (final(folder).params["prompt_embeddings"] for folder in runs.values())
     np.testing.assert_array_equal(a, b)
     assert not np.array_equal(a, c)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_a_sites_own_tokens_stay_there_and_are_used_beside_the_shared_ones(home: Path, kind: str) -> None:
+    folder = federate(home, kind, **{"adapter.num_personal_tokens": 3, "train.local_steps": 4})
+    state = final(folder)
+    own = [name for name in state.layout.names if name.startswith("personal")]
+    shared = [name for name in state.layout.names if name not in own]
+    adapter = Manifest.read(folder.manifest).run_config.spec.adapter
+    first = first_values(load_tiny(home), adapter, state.layout, 42)
+    kept = {site: load_file(newest(folder.path / "sites" / site, "*.kept-*")) for site in ("site-0", "site-1")}
+    for name in own:
+        np.testing.assert_array_equal(state.params[name], first[name])
+        assert not np.array_equal(kept["site-0"][name], kept["site-1"][name])
+        assert not np.array_equal(kept["site-0"][name], first[name])
+    assert all(not np.array_equal(state.params[name], first[name]) for name in shared)
+    assert set(kept["site-0"]) == set(own)
+    [personal] = events(folder, "personalised")
+    assert personal["loss"] != personal["federated"]
+    last = events(folder, "evaluation")[-1]
+    assert personal["loss"] == pytest.approx(last["loss"], rel=1e-6), "evaluations are of sites' own prompts"
+
+    global_ = PeftModel.from_pretrained(load_tiny(home).model, str(folder.adapter))
+    assert global_.peft_config["default"].num_virtual_tokens == 4
+    site = PeftModel.from_pretrained(load_tiny(home).model, str(newest(folder.path / "sites" / "site-0", "adapter")))
+    assert site.peft_config["default"].num_virtual_tokens == 7
+    trained = attach_adapter(load_tiny(home), adapter)
+    write_adapter(trained, state.layout, state.params | kept["site-0"])
+    torch.testing.assert_close(logits_of(site, IDS), logits_of(trained, IDS), rtol=0, atol=1e-4)
+    with without_personal(trained):
+        torch.testing.assert_close(logits_of(global_, IDS), logits_of(trained, IDS), rtol=0, atol=1e-4)
+
+
+def newest(folder: Path, pattern: str) -> Path:
+    return max(folder.rglob(pattern), key=lambda path: path.name)
+
+
+def test_the_layers_of_a_prefix_that_changed_most_are_sent(home: Path) -> None:
+    adam = {"strategy.server_optimizer": "adam", "strategy.server_learning_rate": 0.3}
+    folder = federate(home, "prefix", **{"strategy.name": "fedpeptao", "strategy.layer_share": 0.5, **adam})
+    losses = {event["round"]: event["loss"] for event in events(folder, "evaluation")}
+    assert losses[2] < losses[0]
+    moved = final(folder).optimizer.counts
+    assert sum(moved.values()) <= 2 * 2, "two rounds, two sites, one layer of two each"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_site_with_a_shorter_prompt_gets_an_adapter_of_its_own_length(home: Path) -> None:
+    lengths = {"adapter.min_virtual_tokens": 2, "simulation.prompt_lengths": "2,4", "adapter.num_personal_tokens": 1}
+    folder = federate(home, "prompt", num_rounds=1, **lengths)
+    for site, length in (("site-0", 3), ("site-1", 5)):
+        own = newest(folder.path / "sites" / site, "adapter")
+        loaded = PeftModel.from_pretrained(load_tiny(home).model, str(own))
+        assert loaded.peft_config["default"].num_virtual_tokens == length

@@ -11,15 +11,18 @@ from peft import get_peft_model_state_dict
 
 from fedllm.config import read_run_config
 from fedllm.errors import ConfigError, LayoutError, ModelError
+from fedllm.model.batch import collate, target_logits
 from fedllm.model.build import LoadedBase, attach_adapter, first_values, layout_of, read_adapter, write_adapter
 from fedllm.model.generate import answer, without_adapter
 from fedllm.model.initial import PREFIX_DEVIATION, can_be_drawn
-from fedllm.model.prompts.attach import NUM_FREQUENT, initial_ids
+from fedllm.model.prompts.attach import NUM_FREQUENT, initial_ids, without_personal
 from fedllm.model.prompts.tensors import EXPORTED, exported, imported
 from fedllm.model.spec import LoraSpec, PrefixSpec, PromptSpec, SoftPromptSpec
-from fedllm.update import TensorSpec, check_arrays
+from fedllm.update import TensorSpec, check_arrays, taken
+from fedllm.work import ClientWork, common_of
 from tests.bases import load_tiny, logits_of, smollm
 from tests.soft_prompts import KINDS, NUM_TOKENS, random_arrays, with_prompt
+from tests.text import example
 
 IDS = [[5, 40, 200, 33, 7, 90, 12]]
 
@@ -211,3 +214,48 @@ def test_the_spec_holds_the_chosen_kinds_settings(kind: str) -> None:
     assert spec.adapter.kind == kind
     assert type(spec).model_validate_json(spec.model_dump_json()) == spec
     assert ("rank" in type(spec.adapter).model_fields) == (kind == "lora")
+
+
+OWN: dict[str, SoftPromptSpec] = {
+    "prompt": PromptSpec(num_virtual_tokens=2, num_personal_tokens=3),
+    "prefix": PrefixSpec(num_virtual_tokens=2, num_personal_tokens=3),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(OWN))
+def test_a_sites_own_tokens_come_behind_the_shared_ones(base: LoadedBase, kind: str) -> None:
+    """The oracle is a soft prompt of five tokens without any of the site's own."""
+    model = with_prompt(base, OWN[kind])
+    layout = layout_of(model)
+    assert {spec.role: spec.shape[0] for spec in layout.tensors} == {kind: 2, f"personal_{kind}": 3}
+    arrays, both = read_adapter(model, layout), logits_of(model, IDS)
+    with without_personal(model):
+        shared = logits_of(model, IDS)
+        assert target_logits(model, collate([example(9, 1)], model)).shape == (8, 320)
+    assert torch.equal(logits_of(model, IDS), both)
+    for own, found in ((True, both), (False, shared)):
+        part = layout if own else common_of(layout)
+        whole = exported(taken(arrays, part), part)
+        plain = attach_adapter(
+            base, OWN[kind].model_copy(update={"num_virtual_tokens": len(whole), "num_personal_tokens": 0})
+        )
+        write_adapter(plain, layout_of(plain), imported({EXPORTED: whole}, layout_of(plain)))
+        torch.testing.assert_close(found, logits_of(plain, IDS), rtol=1e-5, atol=1e-5)
+    assert (both[:, -1] - shared[:, -1]).abs().max() > 1e-2
+
+
+def test_a_sites_own_tokens_start_from_other_words_than_the_shared_ones(nf4: LoadedBase) -> None:
+    adapter = PromptSpec(num_virtual_tokens=4, num_personal_tokens=4)
+    first = first_values(nf4, adapter, layout_of(attach_adapter(nf4, adapter)), 1)
+    assert set(first) == {"prompt_embeddings", "personal_embeddings"}
+    assert not np.array_equal(first["prompt_embeddings"], first["personal_embeddings"])
+
+
+@pytest.mark.parametrize("work", [ClientWork(), ClientWork(control_variates=True), ClientWork(proximal=0.1)])
+def test_no_work_sends_a_sites_own_tokens(nf4: LoadedBase, work: ClientWork) -> None:
+    adapter = layout_of(attach_adapter(nf4, OWN["prefix"]))
+    state = work.state(adapter)
+    assert not any("personal" in name for name in work.sent(state).names)
+    assert not any("control/personal" in name for name in state.names)
+    assert work.kept(adapter).names == ("personal.0", "personal.1")
+    assert work.trained(adapter) == adapter
