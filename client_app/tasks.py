@@ -7,7 +7,6 @@ import logging
 import time
 from pathlib import Path
 
-from client_app.alignment import aligned
 from client_app.courier import LOST, Courier
 from client_app.session import Session, open_session
 from client_app.training import DriftControl
@@ -15,6 +14,7 @@ from client_app.transports import build_transport
 from client_app.workplace import Workplace
 from fedllm.codecs.payload import encode_payload
 from fedllm.errors import TransportError, explain
+from fedllm.lora.alignment import aligned
 from fedllm.messages import (
     AnyMessage,
     DataCounts,

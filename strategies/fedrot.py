@@ -3,7 +3,7 @@
 Zhang, Kim, Cha, Vikalo, "FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA", ICML 2026 (arXiv 2602.23638).
 
 The turn leaves every site's product as it is and makes the mean of the factors a better stand-in for the mean of the
-products, at the price of one small SVD a layer at the site (:mod:`client_app.alignment`).
+products, at the price of one small SVD a layer at the site (:mod:`fedllm.lora.alignment`).
 """
 
 from __future__ import annotations

@@ -19,13 +19,13 @@ from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from client_app.alignment import aligned
 from client_app.courier import LOST, Courier
 from client_app.transports import build_transport
 from fedllm import rng
 from fedllm.agreement import Agreement
 from fedllm.codecs.payload import encode_payload, open_payload
 from fedllm.errors import FedLLMError, StaleStateError
+from fedllm.lora.alignment import aligned
 from fedllm.messages import (
     AnyMessage,
     DataCounts,

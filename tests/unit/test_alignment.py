@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from client_app.alignment import aligned, rotation
 from fedllm import rng
+from fedllm.lora.alignment import aligned, rotation
 from fedllm.update import Arrays
 from tests.fake_federation import InProcessGrid, LocalSite
 from tests.unit.test_loop import params, run
