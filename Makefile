@@ -45,9 +45,10 @@ types:
 imports:
 	$(BIN)/lint-imports
 
-# tests/conftest.py says how the tests are shared out.
+# Tests with processes of their own run one after the other; the others share the cores.
 unit:
-	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 3 --no-loadscope-reorder
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal --ignore tests/integration
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m 'not slow' tests/integration
 
 test-slow: install  ## The long checks too
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m slow

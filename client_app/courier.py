@@ -119,6 +119,7 @@ class Courier:
             wanted = asked.reference_id or asked.state_id
             raise StaleStateError(explain("the site does not hold a state", expected=wanted, where="state directory"))
         part = self.layout.only(asked.tensors) if asked.tensors else self.layout
+        self.memory.folder.mkdir(parents=True, exist_ok=True)  # a site that joins later has kept nothing yet
         path = build_transport(self.envelope, self.owner).fetch(self.envelope, self.memory.folder / "arrived.payload")
         with open_payload(
             path, layout=part, base=self.base, kind="state", reference_id=asked.reference_id, reference=reference

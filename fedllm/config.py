@@ -166,7 +166,7 @@ class StrategyConfig(Section):
     """How updates become the next global adapter."""
 
     name: str = "fedavg"
-    """Recipe, one of those in docs/strategies.md: `fedavg`, `fedper`, `fedprox`,
+    """Recipe, one of those in docs/strategies.md: `clustered`, `fedavg`, `fedper`, `fedprox`,
     `fedrot`, `fedsa-lora`, `ffa-lora`, `rolora`, `scaffold`."""
 
     server_optimizer: Literal["sgd", "adagrad", "adam", "yogi"] = "sgd"
@@ -205,6 +205,12 @@ class StrategyConfig(Section):
 
     layer_share: float = Field(0.5, gt=0, le=1)
     """Share of a prefix's layers that a site sends under `fedpeptao`: those that changed most for their size."""
+
+    grouping_round: int = Field(1, ge=1)
+    """Round from whose updates `clustered` finds the groups of sites; without effect for other strategies."""
+
+    max_groups: int = Field(8, ge=2)
+    """Most groups that `clustered` makes; without effect for other strategies."""
 
     weighting: Literal["examples", "tokens", "uniform"] = "examples"
     """What a site's weight in the average is."""

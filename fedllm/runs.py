@@ -8,6 +8,7 @@
         tensorboard/      the same numbers as TensorBoard events
         adapter/          final global adapter in PEFT's format
         best/             global adapter of the round with the lowest held-out loss
+        adapter-group-1/  the same of the further groups of sites, where there are several (and best-group-1/)
         checkpoints/      what a resumed run starts from
         report.html       the result for people, rebuilt from the files above
         log.txt           the server's log

@@ -15,6 +15,7 @@ that are no longer what the seed gave. With a lossy downlink, what was dropped o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,19 @@ class Broadcast:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a site starts from.
+
+    Attributes:
+        state: Where its group of sites stands.
+        broadcast: That state as it travels.
+    """
+
+    state: RunState
+    broadcast: Broadcast
+
+
+@dataclass(frozen=True)
 class Parcel:
     """How one site gets a state: what goes into its instruction, and what the transport is to offer."""
 
@@ -87,15 +101,20 @@ class Broadcaster:
     def __init__(self, config: RunConfig, transport: ServerTransport, folder: Path) -> None:
         self._config, self._transport, self._folder = config, transport, folder
         self._pipeline = parse(config.transport.downlink)
-        self._current: Broadcast | None = None
+        self._current: dict[int, Broadcast] = {}
         self._full: dict[str, Package] = {}
         self._holds: dict[str, str] = {}
 
+    def starts(self, state: RunState, sites: Iterable[str]) -> dict[str, Start]:
+        """Return what each of these sites starts from: the state of its group."""
+        return {site: Start(state.of(site), self.prepare(state.of(site))) for site in sites}
+
     def prepare(self, state: RunState) -> Broadcast:
-        """Return the broadcast of the state that the federation stands at, encoded once."""
-        if self._current is None or self._current.round != state.round:
-            self._current = self._encode(state)
-        return self._current
+        """Return the broadcast of the state that a group of sites stands at, encoded once."""
+        current = self._current.get(state.group)
+        if current is None or current.round != state.round:
+            current = self._current[state.group] = self._encode(state)
+        return current
 
     def initial(self, state: RunState) -> Broadcast:
         """Return the broadcast of the first state, which needs no bytes."""
@@ -126,7 +145,7 @@ class Broadcaster:
     def _encode(self, state: RunState) -> Broadcast:
         if state.round == 0:
             return self.initial(state)
-        path = self._folder / f"state-{state.round:05d}.payload"
+        path = self._folder / f"state-{_numbered(state)}.payload"
         refers = self._pipeline.needs_reference
         rest = state.sent if refers else drawn_arrays(state.layout, self._config.seed)
         part = _moved(state) if refers else _different(state.params, rest, state.layout)
@@ -154,7 +173,7 @@ class Broadcaster:
     def _whole(self, broadcast: Broadcast, state: RunState) -> Package:
         """Return the state as float32, encoded when the first site needs it."""
         if broadcast.state_id not in self._full:
-            path = self._folder / f"full-{broadcast.round:05d}.payload"
+            path = self._folder / f"full-{_numbered(state)}.payload"
             path.parent.mkdir(parents=True, exist_ok=True)
             part = _different(broadcast.arrays, drawn_arrays(state.layout, self._config.seed), state.layout)
             info = encode_payload(
@@ -167,8 +186,14 @@ class Broadcaster:
                 pipeline="fp32",
             )
             self._transport.publish(path.stem, path)
-            self._full = {broadcast.state_id: Package(path.stem, info.num_bytes, _named(part, state.layout))}
+            current = {one.state_id for one in self._current.values()}
+            self._full = {name: package for name, package in self._full.items() if name in current}
+            self._full[broadcast.state_id] = Package(path.stem, info.num_bytes, _named(part, state.layout))
         return self._full[broadcast.state_id]
+
+
+def _numbered(state: RunState) -> str:
+    return f"{state.round:05d}" + (f"-{state.group}" if state.group else "")
 
 
 def _moved(state: RunState) -> Layout:

@@ -2,11 +2,13 @@
 
 A checkpoint is a folder ``round-00003`` with ``params.safetensors``, ``sent.safetensors`` (what the sites decoded last),
 one ``optimizer-<moment>.safetensors`` for each of the optimizer's moments, and ``state.json`` with the counters and the
-SHA-256 of every other file. It is filled under another name, brought to the disk, and renamed. All draws are derived from
-seed and round (:mod:`fedllm.rng`), so no generator's state needs to be kept.
+SHA-256 of every other file. Where the sites are in several groups, the further groups have the same files, named
+``group-1-params.safetensors`` and so on. It is filled under another name, brought to the disk, and renamed. All draws are
+derived from seed and round (:mod:`fedllm.rng`), so no generator's state needs to be kept.
 
 Evolution: ``state.json`` has a ``version``; a release reads the versions it knows and says so otherwise. A key may be
-added where its absence has a meaning: before ``moved`` and ``optimizer_counts``, every round moved every tensor.
+added where its absence has a meaning: before ``moved`` and ``optimizer_counts``, every round moved every tensor; before
+``groups`` and ``others``, all sites were in one group.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,9 @@ class RunState:
         agreement: What every site holds.
         first_id: Name of the state that the federation started from (:func:`fedllm.update.digest_arrays`).
         moved: Names of the tensors that the last round moved, empty for all.
+        group: Number of the group of sites whose state it is.
+        groups: Group by site, empty while all sites are in one; a site that is not in it belongs to group 0.
+        others: The states of groups 1, 2 and so on; empty in those themselves.
     """
 
     round: int
@@ -62,6 +67,18 @@ class RunState:
     agreement: Agreement
     first_id: str
     moved: tuple[str, ...] = ()
+    group: int = 0
+    groups: Mapping[str, int] = field(default_factory=dict)
+    others: tuple[RunState, ...] = ()
+
+    @property
+    def branches(self) -> tuple[RunState, ...]:
+        """The states of all groups by number."""
+        return (self, *self.others)
+
+    def of(self, site: str) -> RunState:
+        """Return the state of a site's group."""
+        return self.branches[self.groups.get(site, 0)]
 
     @property
     def adapter(self) -> Arrays:
@@ -102,17 +119,19 @@ def save_checkpoint(folder: Path, state: RunState, keep: int) -> Path:
 
 
 def _write(folder: Path, state: RunState) -> None:
-    save_file(state.params, folder / _PARAMS)
-    save_file(state.sent, folder / _SENT)
-    for moment, arrays in state.optimizer.moments.items():
-        save_file(arrays, folder / f"{_PREFIX}{moment}.safetensors")
+    for branch in state.branches:
+        prefix = _of_group(branch.group)
+        save_file(branch.params, folder / f"{prefix}{_PARAMS}")
+        save_file(branch.sent, folder / f"{prefix}{_SENT}")
+        for moment, arrays in branch.optimizer.moments.items():
+            save_file(arrays, folder / f"{prefix}{_PREFIX}{moment}.safetensors")
     digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
     document = {
         "version": VERSION,
         "round": state.round,
-        "optimizer_step": state.optimizer.step,
-        "optimizer_counts": dict(state.optimizer.counts),
-        "moved": list(state.moved),
+        **_counters(state),
+        "groups": dict(state.groups),
+        "others": [_counters(branch) for branch in state.others],
         "layout": state.layout.to_json(),
         "target_modules": list(state.target_modules),
         "agreement": state.agreement.model_dump(),
@@ -123,6 +142,14 @@ def _write(folder: Path, state: RunState) -> None:
     for path in folder.iterdir():
         _sync_file(path)
     sync_folder(folder)
+
+
+def _counters(branch: RunState) -> dict[str, object]:
+    return {
+        "optimizer_step": branch.optimizer.step,
+        "optimizer_counts": dict(branch.optimizer.counts),
+        "moved": list(branch.moved),
+    }
 
 
 def load_latest(folder: Path) -> RunState | None:
@@ -151,28 +178,42 @@ def _read(folder: Path) -> RunState:
     for name, digest in document["files"].items():
         if _digest(folder / name) != digest:
             raise ValueError(f"{name} does not match its checksum")
-    layout = Layout.from_json(document["layout"])
+    first, *others = (
+        _read_branch(folder, document, counters, group)
+        for group, counters in enumerate((document, *document.get("others", ())))
+    )
+    return replace(first, groups=document.get("groups", {}), others=tuple(others))
+
+
+def _read_branch(folder: Path, document: Mapping[str, Any], counters: Mapping[str, Any], group: int) -> RunState:
+    layout, prefix = Layout.from_json(document["layout"]), _of_group(group)
     moments = {
-        name.removeprefix(_PREFIX).removesuffix(".safetensors"): _load_part(folder / name, layout)
+        name.removeprefix(prefix + _PREFIX).removesuffix(".safetensors"): _load_part(folder / name, layout)
         for name in document["files"]
-        if name.startswith(_PREFIX)
+        if name.startswith(prefix + _PREFIX)
     }
     return RunState(
         round=document["round"],
-        params=_load(folder / _PARAMS, layout),
-        sent=_load(folder / _SENT, layout),
-        optimizer=OptimizerState(document["optimizer_step"], moments, _counts(document, layout)),
+        params=_load(folder / f"{prefix}{_PARAMS}", layout),
+        sent=_load(folder / f"{prefix}{_SENT}", layout),
+        optimizer=OptimizerState(counters["optimizer_step"], moments, _counts(counters, layout)),
         layout=layout,
         target_modules=tuple(document["target_modules"]),
         agreement=Agreement.model_validate(document["agreement"]),
         first_id=document["first_id"],
-        moved=tuple(document.get("moved", ())),
+        moved=tuple(counters.get("moved", ())),
+        group=group,
     )
 
 
-def _counts(document: Mapping[str, Any], layout: Layout) -> dict[str, int]:
-    every_round = dict.fromkeys(layout.names, document["optimizer_step"])
-    return dict(document.get("optimizer_counts", every_round))
+def _of_group(group: int) -> str:
+    """Return what the names of a group's files begin with."""
+    return f"group-{group}-" if group else ""
+
+
+def _counts(counters: Mapping[str, Any], layout: Layout) -> dict[str, int]:
+    every_round = dict.fromkeys(layout.names, counters["optimizer_step"])
+    return dict(counters.get("optimizer_counts", every_round))
 
 
 def _load(path: Path, layout: Layout) -> Arrays:

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fedllm.errors import StaleStateError
 from fedllm.messages import Failure, StateInstruction
 from fedllm.wire.transport import Envelope
-from server_app.broadcast import Broadcast
-from server_app.checkpoint import RunState
+from server_app.broadcast import Start
 from server_app.exchange import Deadline, Reply
 from server_app.federation import Federation
 from server_app.roster import Member
@@ -28,12 +27,11 @@ _WORTH_ASKING_AGAIN = (StaleStateError.__name__, "FlowerError")
 
 
 class Dialogue:
-    """One question to several sites about one state, within an open round.
+    """One question to several sites about a state, within an open round.
 
     Args:
         federation: What the phases share.
-        state: Where the federation stands.
-        broadcast: The state to send.
+        starts: The state to send, by site.
         round_: The transport's round.
         make: Builds a site's instruction.
         with_update: Whether an update may come back.
@@ -45,14 +43,13 @@ class Dialogue:
     def __init__(
         self,
         federation: Federation,
-        state: RunState,
-        broadcast: Broadcast,
+        starts: Mapping[str, Start],
         round_: int,
         make: Make,
         *,
         with_update: bool,
     ) -> None:
-        self._federation, self._state, self._broadcast = federation, state, broadcast
+        self._federation, self._starts = federation, starts
         self._round, self._make, self._with_update = round_, make, with_update
         self._resends: dict[str, int] = {}
         self.bytes_down = 0
@@ -67,7 +64,7 @@ class Dialogue:
                 pending |= self._send({site: sites[site]})
                 continue
             if not isinstance(reply.message, Failure):
-                self._federation.broadcaster.confirm(site, self._broadcast.state_id)
+                self._federation.broadcaster.confirm(site, self._starts[site].broadcast.state_id)
             yield site, reply
 
     def _send(self, sites: Mapping[str, Member]) -> dict[str, int]:
@@ -76,15 +73,16 @@ class Dialogue:
 
     def _message(self, site: str) -> tuple[StateInstruction, Envelope]:
         federation, transport = self._federation, self._federation.config.transport
-        parcel = federation.broadcaster.parcel(site, self._broadcast, self._state)
+        state, broadcast = self._starts[site].state, self._starts[site].broadcast
+        parcel = federation.broadcaster.parcel(site, broadcast, state)
         common = {
             **federation.instruction,
-            "state_id": self._broadcast.state_id,
+            "state_id": broadcast.state_id,
             "delivery": parcel.delivery,
             "reference_id": parcel.reference_id,
             "tensors": parcel.package.tensors if parcel.package else (),
-            "layout": self._state.layout.digest,
-            "base": self._state.agreement.base,
+            "layout": state.layout.digest,
+            "base": state.agreement.base,
         }
         envelope = federation.transport.offer(
             round_=self._round,

@@ -20,7 +20,7 @@ from fedllm.messages import (
     Score,
     StateInstruction,
 )
-from server_app.broadcast import Broadcast
+from server_app.broadcast import Start
 from server_app.central import central_score
 from server_app.checkpoint import RunState
 from server_app.dialogue import Dialogue
@@ -67,10 +67,11 @@ class Scores:
 
 
 def evaluate(federation: Federation, state: RunState) -> Scores | None:
-    """Have every site evaluate the global state, and record it; None if no site could."""
-    started = time.monotonic()
-    poll = _Poll(federation, state, federation.broadcaster.prepare(state), EvaluateInstruction, {"round": state.round})
-    replies = poll.ask(federation.roster.available(), federation.config.rounds.deadline_s)
+    """Have every site evaluate the global state of its group, and record it; None if no site could."""
+    started, sites = time.monotonic(), federation.roster.available()
+    starts = federation.broadcaster.starts(state, sites)
+    poll = _Poll(federation, starts, state.round, EvaluateInstruction, {"round": state.round})
+    replies = poll.ask(sites, federation.config.rounds.deadline_s)
     scores = Scores({site: message.score for site, message in replies.items() if isinstance(message, EvaluateReport)})
     if not scores.sites:
         log.warning("no site could evaluate round %d", state.round)
@@ -99,7 +100,7 @@ def ask_prompt(federation: Federation, state: RunState) -> None:
         return
     first = dict(list(federation.roster.available().items())[:1])
     fields = {"round": state.round, "prompt": prompt}
-    poll = _Poll(federation, state, federation.broadcaster.prepare(state), EvaluateInstruction, fields)
+    poll = _Poll(federation, federation.broadcaster.starts(state, first), state.round, EvaluateInstruction, fields)
     for site, message in poll.ask(first, federation.config.rounds.deadline_s).items():
         if isinstance(message, EvaluateReport):
             answers = {"base": message.answer_base, "federated": message.answer}
@@ -108,11 +109,11 @@ def ask_prompt(federation: Federation, state: RunState) -> None:
 
 def local_only(federation: Federation, state: RunState) -> None:
     """Have every site train alone from the first state for the federation's steps, and record its score."""
-    started = time.monotonic()
-    fields = {"num_steps": federation.config.total_steps}
-    poll = _Poll(federation, state, federation.broadcaster.initial(state), LocalOnlyInstruction, fields)
+    started, sites = time.monotonic(), federation.roster.available()
+    starts = dict.fromkeys(sites, Start(state, federation.broadcaster.initial(state)))
+    poll = _Poll(federation, starts, state.round, LocalOnlyInstruction, {"num_steps": federation.config.total_steps})
     patience_s = federation.config.rounds.deadline_s * federation.config.num_rounds
-    replies = poll.ask(federation.roster.available(), patience_s)
+    replies = poll.ask(sites, patience_s)
     scores = Scores({site: message.score for site, message in replies.items() if isinstance(message, LocalOnlyReport)})
     if scores.sites:
         rows, seconds = scores.rows(), time.monotonic() - started
@@ -128,9 +129,9 @@ def personalised(federation: Federation, state: RunState) -> None:
     work = federation.strategy.work.at(max(1, state.round))
     if not num_steps and not work.kept(state.adapter_layout).tensors:
         return
-    fields = {"round": state.round, "num_steps": num_steps}
-    poll = _Poll(federation, state, federation.broadcaster.prepare(state), PersonaliseInstruction, fields)
-    messages = poll.ask(federation.roster.available(), federation.config.rounds.deadline_s).items()
+    fields, sites = {"round": state.round, "num_steps": num_steps}, federation.roster.available()
+    poll = _Poll(federation, federation.broadcaster.starts(state, sites), state.round, PersonaliseInstruction, fields)
+    messages = poll.ask(sites, federation.config.rounds.deadline_s).items()
     reports = {site: message for site, message in messages if isinstance(message, PersonaliseReport)}
     if not reports:
         return
@@ -149,12 +150,12 @@ def personalised(federation: Federation, state: RunState) -> None:
 
 
 class _Poll:
-    """One question about one state to several sites, without updates.
+    """One question about a state to several sites, without updates.
 
     Args:
         federation: What the phases share.
-        state: Where the federation stands.
-        broadcast: The state to send.
+        starts: The state to send, by site.
+        round_: The round after which it is asked.
         kind: Class of the instruction.
         fields: Its own fields.
     """
@@ -162,21 +163,21 @@ class _Poll:
     def __init__(
         self,
         federation: Federation,
-        state: RunState,
-        broadcast: Broadcast,
+        starts: Mapping[str, Start],
+        round_: int,
         kind: type[EvaluateInstruction] | type[LocalOnlyInstruction] | type[PersonaliseInstruction],
         fields: Mapping[str, object],
     ) -> None:
-        self._federation, self._state, self._broadcast = federation, state, broadcast
+        self._federation, self._starts, self._round = federation, starts, round_
         self._kind, self._fields = kind, fields
         self.bytes_down = 0
 
     def ask(self, sites: Mapping[str, Member], timeout_s: float) -> dict[str, AnyMessage]:
         """Return the answers by site; failures are logged and left out."""
-        federation, round_ = self._federation, self._state.round
+        federation, round_ = self._federation, self._round
         federation.transport.open_round(round_)
         try:
-            dialogue = Dialogue(federation, self._state, self._broadcast, round_, self._make, with_update=False)
+            dialogue = Dialogue(federation, self._starts, round_, self._make, with_update=False)
             answers = {site: reply.message for site, reply in dialogue.ask(sites, Deadline(timeout_s))}
         finally:
             federation.transport.close_round(round_)
@@ -187,5 +188,5 @@ class _Poll:
         return answers
 
     def _make(self, site: str, common: Mapping[str, object]) -> StateInstruction:  # noqa: ARG002
-        work = self._federation.strategy.work.at(max(1, self._state.round))
+        work = self._federation.strategy.work.at(max(1, self._round))
         return self._kind.model_validate({**common, "work": work, **self._fields})

@@ -103,6 +103,18 @@ class Round(_Event):
     seconds: float = 0.0
 
 
+class Groups(_Event):
+    """The sites were divided into groups with a global adapter each."""
+
+    event: Literal["groups"] = "groups"
+    round: int
+    """The round whose updates they were found from."""
+    groups: dict[str, int]
+    """Group by site, numbered from 0, the largest."""
+    silhouette: float = math.nan
+    """How clearly the groups stand out, -1 to 1; not a number where all sites stay together."""
+
+
 class LeftOut(_Event):
     """A site that joined but cannot take part in this run."""
 
@@ -168,11 +180,12 @@ class End(_Event):
     seconds: float = 0.0
 
 
-AnyEvent = Evaluation | Round | LeftOut | LocalOnly | Personalised | Answer | End
+AnyEvent = Evaluation | Round | Groups | LeftOut | LocalOnly | Personalised | Answer | End
 KINDS: dict[str, type[AnyEvent]] = {
     "evaluation": Evaluation,
     "round": Round,
     "attempt": Round,
+    "groups": Groups,
     "left_out": LeftOut,
     "local_only": LocalOnly,
     "personalised": Personalised,

@@ -148,15 +148,17 @@ class Loop:
             ask_prompt(self.federation, state)
 
     def _export(self, state: RunState, name: str) -> None:
+        """Write the global adapter for PEFT, one of each group of sites where there are several."""
         layout = common_of(state.adapter_layout)
-        save_peft_adapter(
-            self.federation.folder.path / name,
-            layout,
-            taken(state.adapter, layout),
-            self.federation.config.spec,
-            list(state.target_modules),
-            self.federation.config.model.source,
-        )
+        for branch in state.branches:
+            save_peft_adapter(
+                self.federation.folder.path / (f"{name}-group-{branch.group}" if branch.group else name),
+                layout,
+                taken(branch.adapter, layout),
+                self.federation.config.spec,
+                list(branch.target_modules),
+                self.federation.config.model.source,
+            )
 
     def _note_sites(self, layout: Layout) -> None:
         """Write what the sites stated into the manifest: counts, never content."""

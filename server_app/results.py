@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from server_app.events import Answer, AnyEvent, End, Evaluation, LeftOut, LocalOnly, Personalised, Round
+from server_app.events import Answer, AnyEvent, End, Evaluation, Groups, LeftOut, LocalOnly, Personalised, Round
 
 ALL_SITES = "all sites"
 COLUMNS = {"base": "base", "local_only": "local only", "federated": "federated", "personalised": "personalised"}
@@ -45,6 +45,7 @@ class Results:
         evaluations: By round, 0 for the base; the last one of a round counts.
         rounds: By round; the last one of a round counts.
         attempts: Rounds and attempts without quorum, in order.
+        groups: Which sites share a global adapter, if that was found.
         left_out: Sites that could not take part, each with the last reason.
         local_only: Every site trained alone, if that was done.
         personalised: Every site's own adapter, if sites have one.
@@ -55,6 +56,7 @@ class Results:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     rounds: dict[int, Round] = field(default_factory=dict)
     attempts: list[Round] = field(default_factory=list)
+    groups: Groups | None = None
     left_out: list[LeftOut] = field(default_factory=list)
     local_only: LocalOnly | None = None
     personalised: Personalised | None = None
@@ -72,6 +74,7 @@ class Results:
             evaluations=dict(sorted(evaluations.items())),
             rounds=dict(sorted(rounds.items())),
             attempts=attempts,
+            groups=_last(event for event in events if isinstance(event, Groups)),
             left_out=list({event.site: event for event in events if isinstance(event, LeftOut)}.values()),
             local_only=_last(event for event in events if isinstance(event, LocalOnly)),
             personalised=_last(event for event in events if isinstance(event, Personalised)),

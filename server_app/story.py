@@ -17,6 +17,7 @@ from server_app.events import (
     AnyEvent,
     End,
     Evaluation,
+    Groups,
     LeftOut,
     LocalOnly,
     Measured,
@@ -64,6 +65,8 @@ class Story:
                 return self._labelled(event.round, _evaluation(event, before))
             case Round():
                 return self._labelled(event.round, _round(event))
+            case Groups():
+                return self._labelled(event.round, iter([("groups", _groups(event))]))
             case LeftOut():
                 return [shorten(f"left out {clean(event.site)}: {clean(event.reason)}", 4 * COLUMNS)]
             case LocalOnly():
@@ -104,6 +107,16 @@ def _round(event: Round) -> Iterator[tuple[str, str]]:
         phases = sorted(event.phases.items(), key=lambda item: -item[1])
         shown = [f"{clean(name)} {human_seconds(seconds)}" for name, seconds in phases if seconds >= 0.05]
         yield "time", fit([f"{human_seconds(event.seconds)} in all", *shown], _TEXT_COLUMNS)
+
+
+def _groups(event: Groups) -> str:
+    members: dict[int, list[str]] = {}
+    for site in sorted(event.groups, key=natural):
+        members.setdefault(event.groups[site], []).append(clean(site))
+    if len(members) == 1:
+        return "none stand out, all sites stay together"
+    clear = f"{len(members)} stand out (silhouette {event.silhouette:.2f}): "
+    return clear + fit([fit(members[number], _NAME_COLUMNS) for number in sorted(members)], _TEXT_COLUMNS, " | ")
 
 
 def _personalised(event: Personalised) -> str:

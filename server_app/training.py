@@ -19,14 +19,15 @@ from fedllm.errors import FedLLMError, TransportError, UpdateError, explain
 from fedllm.messages import Failure, TrainInstruction, TrainReport
 from fedllm.update import Contribution, Layout
 from fedllm.work import ClientWork
-from server_app.broadcast import Broadcast
+from server_app.broadcast import Start
 from server_app.checkpoint import RunState
 from server_app.dialogue import Dialogue
 from server_app.exchange import Deadline, Reply
 from server_app.federation import Federation, Stopwatch
+from server_app.groups import by_group, divided, joined, measured_together
 from server_app.roster import Member
 from strategies.parts import check_length, in_part
-from strategies.slots import Origin
+from strategies.slots import Measurements, Origin
 
 log = logging.getLogger(__name__)
 
@@ -92,17 +93,19 @@ def train_round(federation: Federation, state: RunState, round_: int, attempt: i
     federation.transport.open_round(round_)
     try:
         with watch.phase("broadcast"):
-            broadcast = federation.broadcaster.prepare(state)
-        dialogue = _dialogue(federation, state, broadcast, sorted(chosen), round_, attempt)
+            starts = federation.broadcaster.starts(state, chosen)
+        dialogue = _dialogue(federation, starts, round_, attempt)
         with watch.phase("train"):
-            harvest = _collect(federation, state, broadcast, chosen, dialogue, round_)
+            harvest = _collect(federation, starts, chosen, dialogue, round_)
         outcome = Outcome(None)
         if len(harvest.accepted) >= federation.config.rounds.min_sites:
             with watch.phase("aggregate"):
-                outcome = _aggregate(federation, state, broadcast, harvest.accepted)
+                outcome = _aggregate(federation, state, starts, harvest.accepted)
     finally:
         federation.transport.close_round(round_)
     federation.recorder.record(_event(harvest, round_, attempt, chosen, watch, outcome, dialogue.bytes_down))
+    if outcome.moved is not None and outcome.moved.groups != state.groups:
+        federation.recorder.record(_grouping_event(outcome))
     return outcome.moved
 
 
@@ -114,10 +117,8 @@ def _select(federation: Federation, round_: int, attempt: int) -> dict[str, Memb
     return {name: available[name] for name in names}
 
 
-def _dialogue(
-    federation: Federation, state: RunState, broadcast: Broadcast, order: list[str], round_: int, attempt: int
-) -> Dialogue:
-    work = federation.strategy.work.at(round_)
+def _dialogue(federation: Federation, starts: Mapping[str, Start], round_: int, attempt: int) -> Dialogue:
+    work, order = federation.strategy.work.at(round_), sorted(starts)
     folded = _last_folded(federation, work)
 
     def make(site: str, common: Mapping[str, object]) -> TrainInstruction:
@@ -133,7 +134,7 @@ def _dialogue(
             }
         )
 
-    return Dialogue(federation, state, broadcast, round_, make, with_update=True)
+    return Dialogue(federation, starts, round_, make, with_update=True)
 
 
 def _last_folded(federation: Federation, work: ClientWork) -> dict[str, int]:
@@ -146,8 +147,7 @@ def _last_folded(federation: Federation, work: ClientWork) -> dict[str, int]:
 
 def _collect(
     federation: Federation,
-    state: RunState,
-    broadcast: Broadcast,
+    starts: Mapping[str, Start],
     chosen: Mapping[str, Member],
     dialogue: Dialogue,
     round_: int,
@@ -160,7 +160,7 @@ def _collect(
     deadline = Deadline(rounds.deadline_s)
     wanted = federation.strategy.sampler.num_wanted(len(federation.roster.available()) or len(chosen))
     for site, reply in dialogue.ask(chosen, deadline):
-        _take(federation, state, broadcast, harvest, reply, site, round_)
+        _take(federation, starts[site], harvest, reply, site, round_)
         if len(harvest.accepted) >= min(wanted, len(chosen)) < len(chosen):
             break
         if rounds.grace_s and len(harvest.accepted) >= rounds.min_sites:
@@ -176,8 +176,7 @@ def _collect(
 
 def _take(
     federation: Federation,
-    state: RunState,
-    broadcast: Broadcast,
+    start: Start,
     harvest: Harvest,
     reply: Reply,
     site: str,
@@ -185,9 +184,9 @@ def _take(
 ) -> None:
     try:
         report = _checked_report(reply, site, round_)
-        check_length(state.layout, report.num_virtual_tokens, federation.config.adapter.min_virtual_tokens)
+        check_length(start.state.layout, report.num_virtual_tokens, federation.config.adapter.min_virtual_tokens)
         path = federation.transport.receive(round_=round_, site=site, reply=reply.envelope)
-        with _open(federation, state, path, report, broadcast) as payload:
+        with _open(federation, start, path, report) as payload:
             payload.verify()
             harvest.accepted[site] = Accepted(site, report, path, payload.num_bytes)
     except FedLLMError as error:
@@ -217,19 +216,17 @@ def _checked_report(reply: Reply, site: str, round_: int) -> TrainReport:
     return message
 
 
-def _open(
-    federation: Federation, state: RunState, path: Path, report: TrainReport, broadcast: Broadcast
-) -> PayloadReader:
+def _open(federation: Federation, start: Start, path: Path, report: TrainReport) -> PayloadReader:
     work = federation.strategy.work.at(report.round)
     return open_payload(
         path,
-        layout=work.chosen(work.sent(state.layout), report.tensors),
-        base=state.agreement.base,
+        layout=work.chosen(work.sent(start.state.layout), report.tensors),
+        base=start.state.agreement.base,
         max_bytes=federation.config.transport.max_update_bytes,
         kind="update",
         round_=report.round,
-        reference_id=broadcast.state_id,
-        reference=broadcast.arrays,
+        reference_id=start.broadcast.state_id,
+        reference=start.broadcast.arrays,
     )
 
 
@@ -238,42 +235,75 @@ def _sent(federation: Federation, state: RunState, round_: int) -> Layout:
 
 
 def _aggregate(
-    federation: Federation, state: RunState, broadcast: Broadcast, accepted: Mapping[str, Accepted]
+    federation: Federation, state: RunState, starts: Mapping[str, Start], accepted: Mapping[str, Accepted]
 ) -> Outcome:
-    """Fold the updates in the order of the sites' names and move the global state along the result.
+    """Move the global state of every group along its sites' updates, after finding the groups where that is due."""
+    try:
+        state, found = _grouped(federation, state, starts, accepted)
+        results = [_moved(federation, branch, starts, sent) for branch, sent in by_group(state, accepted)]
+    except UpdateError as error:
+        log.warning("the updates cannot be aggregated: %s", error)
+        return Outcome(None, reason=str(error))
+    finally:
+        for reply in accepted.values():
+            reply.payload.unlink(missing_ok=True)
+    measured = measured_together([measured for _, measured in results])
+    return Outcome(joined(state, [branch for branch, _ in results]), {**measured, **found})
+
+
+def _grouped(
+    federation: Federation, state: RunState, starts: Mapping[str, Start], accepted: Mapping[str, Accepted]
+) -> tuple[RunState, Measurements]:
+    """Return the state that the round's updates move, divided between groups if this is the round that finds them."""
+    grouping, round_ = federation.strategy.grouping, state.round + 1
+    if grouping is None or not grouping.is_due(round_):
+        return state, {}
+    with ExitStack() as opened:
+        updates = {
+            site: opened.enter_context(_open(federation, starts[site], reply.payload, reply.report))
+            for site, reply in accepted.items()
+        }
+        groups, measured = grouping.groups(updates, _sent(federation, state, round_))
+    return divided(state, groups), measured
+
+
+def _moved(
+    federation: Federation, state: RunState, starts: Mapping[str, Start], accepted: Mapping[str, Accepted]
+) -> tuple[RunState, Measurements]:
+    """Fold the updates of one group in the order of the sites' names and move its state along the result.
 
     A spooled update is closed and deleted as soon as it is folded, or where the aggregation reads it again, at the end.
+
+    Raises:
+        UpdateError: The updates cannot be aggregated.
     """
-    num_sites = len(federation.roster.members)
-    origin = Origin(state.round + 1, state.layout, state.params, broadcast.arrays, num_sites)
+    if not accepted:
+        received = federation.broadcaster.prepare(state).arrays
+        return replace(state, round=state.round + 1, sent=received, moved=()), {}
+    received, num_sites = starts[min(accepted)].broadcast.arrays, len(federation.roster.members)
+    origin = Origin(state.round + 1, state.layout, state.params, received, num_sites)
     sent = _sent(federation, state, state.round + 1)
     aggregation = federation.strategy.aggregator.start(sent, origin)
     with ExitStack() as kept:
         for site in sorted(accepted):
             reply = accepted[site]
             weight = _weight(federation.config.strategy.weighting, reply.report)
-            payload = kept.enter_context(_spooled(federation, state, broadcast, reply))
+            payload = kept.enter_context(_spooled(federation, starts[site], reply))
             source = in_part(payload, sent, reply.report.tensors, reply.report.num_virtual_tokens)
             aggregation.fold(source, Contribution(site, weight, {"loss": reply.report.loss}))
             if not aggregation.reads_until_finish:
                 kept.close()
-        try:
-            delta, measured = aggregation.finish()
-        except UpdateError as error:
-            log.warning("the updates cannot be aggregated: %s", error)
-            return Outcome(None, reason=str(error))
+        delta, measured = aggregation.finish()
     params, optimizer = federation.strategy.optimizer.apply(state.optimizer, state.params, delta)
-    moved = replace(
-        state, round=state.round + 1, params=params, sent=broadcast.arrays, optimizer=optimizer, moved=tuple(delta)
-    )
-    return Outcome(moved, measured)
+    moved = replace(state, round=state.round + 1, params=params, sent=received, optimizer=optimizer, moved=tuple(delta))
+    return moved, measured
 
 
 @contextmanager
-def _spooled(federation: Federation, state: RunState, broadcast: Broadcast, reply: Accepted) -> Iterator[PayloadReader]:
+def _spooled(federation: Federation, start: Start, reply: Accepted) -> Iterator[PayloadReader]:
     """Open an accepted update; its file is deleted afterwards."""
     try:
-        with _open(federation, state, reply.payload, reply.report, broadcast) as payload:
+        with _open(federation, start, reply.payload, reply.report) as payload:
             yield payload
     finally:
         reply.payload.unlink(missing_ok=True)
@@ -310,6 +340,13 @@ def _event(
         "phases": watch.phases,
         "seconds": watch.seconds,
     }
+
+
+def _grouping_event(outcome: Outcome) -> dict[str, object]:
+    assert outcome.moved is not None, "groups belong to a state"
+    silhouette = outcome.measured.get("silhouette", math.nan)
+    groups = dict(sorted(outcome.moved.groups.items()))
+    return {"event": "groups", "round": outcome.moved.round, "groups": groups, "silhouette": silhouette}
 
 
 def _mean_loss(reports: Iterable[TrainReport]) -> float | None:

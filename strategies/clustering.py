@@ -12,12 +12,13 @@ Shape legend: K sites.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.update import Layout
-from strategies.slots import UpdateSource
+from strategies.slots import Measurements, UpdateSource
 
 Distances = NDArray[np.float64]
 
@@ -25,19 +26,33 @@ NO_STRUCTURE = 0.25
 """Mean silhouette up to which Kaufman and Rousseeuw (1990) find no substantial structure."""
 
 
-def clustered(updates: Mapping[str, UpdateSource], layout: Layout, max_clusters: int) -> dict[str, int]:
-    """Return each site's group, the largest group first; of equal groups the one with the first name.
+@dataclass(frozen=True)
+class AlikeByB:
+    """Groups of sites whose updates of one round change B alike.
 
     Args:
-        updates: Updates of one round by site, whose deltas of B are B itself, as in the first round.
-        layout: The tensors that they hold.
-        max_clusters: Most groups to make.
+        round: The round. In the first one the change of B is B itself, as in the paper; in a later one it is what a site
+            wants beyond what all have learned by then.
+        max_groups: Most groups to make.
     """
-    sites = sorted(updates)
-    distances = distances_of([updates[site] for site in sites], layout)
-    groups = best_partition(distances, max_clusters)
-    numbers = {index: number for number, group in enumerate(groups) for index in group}
-    return {site: numbers[index] for index, site in enumerate(sites)}
+
+    round: int
+    max_groups: int
+
+    def is_due(self, round_: int) -> bool:
+        """Tell whether this is the round."""
+        return round_ == self.round
+
+    def groups(self, updates: Mapping[str, UpdateSource], layout: Layout) -> tuple[dict[str, int], Measurements]:
+        """Return each site's group, the largest first, of equal ones the one with the first name; and the silhouette."""
+        sites = sorted(updates)
+        distances = distances_of([updates[site] for site in sites], layout)
+        groups = best_partition(distances, self.max_groups)
+        numbers = {index: number for number, group in enumerate(groups) for index in group}
+        measured: dict[str, float] = {"num_groups": len(groups)}
+        if len(groups) > 1:
+            measured["silhouette"] = silhouette(distances, groups)
+        return {site: numbers[index] for index, site in enumerate(sites)}, measured
 
 
 def distances_of(updates: Sequence[UpdateSource], layout: Layout) -> Distances:

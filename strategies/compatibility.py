@@ -36,6 +36,7 @@ FEATURES: dict[str, Question] = {
     "rounds.fraction or rounds.over_selection": lambda config: (
         config.rounds.fraction < 1 or config.rounds.over_selection > 1
     ),
+    "rounds.sampler = 'poisson'": lambda config: config.rounds.sampler == "poisson" and config.rounds.fraction < 1,
 }
 """Questions by what a message calls the feature."""
 
@@ -63,6 +64,14 @@ _MEAN_OF_FACTORS = {
     ),
 }
 
+_IN_GROUPS = {
+    "strategy.aggregator other than 'mean'": (
+        "a robust rule needs more honest sites than lying ones in what it aggregates, and a group can be small"
+    ),
+    "transport.uplink with segment": "sites send different parts of B, which cannot be compared with each other",
+    "rounds.fraction or rounds.over_selection": "all sites take part in the round that finds the groups",
+    "rounds.sampler = 'poisson'": "all sites take part in the round that finds the groups",
+}
 _ONE_FACTOR = {
     "strategy.robust_on = 'products'": "an update holds one factor only, and the other one is not known to the server"
 }
@@ -77,6 +86,7 @@ REFUSALS: dict[str, Mapping[str, str]] = {
     "adapter.kind = 'prompt'": _NO_PRODUCTS,
     "adapter.kind = 'prefix'": _NO_PRODUCTS,
     "adapter.kind = 'ptuning'": _NO_PRODUCTS,
+    "strategy.name = 'clustered'": {**_IN_GROUPS, **_MEAN_OF_FACTORS, **_ON_FACTORS},
     "strategy.name = 'fedavg'": _MEAN_OF_FACTORS,
     "strategy.name = 'fedper'": {**_MEAN_OF_FACTORS, **_BY_LAYER},
     "strategy.name = 'fedpeptao'": {**_ONE_PER_LAYER, **_OWN_AGGREGATOR},
@@ -145,8 +155,15 @@ _SOMEONE_TO_TRUST = Bound(
     "Name one in strategy.trusted_site.",
 )
 
+_IN_TIME = Bound(
+    lambda config: config.strategy.grouping_round <= config.num_rounds,
+    "strategy.grouping_round lies after the last round",
+    "Lower it, or raise num_rounds.",
+)
+
 BOUNDS: dict[str, Bound] = {
     "strategy.name = 'fedpeptao'": _ADAPTIVE,
+    "strategy.name = 'clustered'": _IN_TIME,
     "strategy.aggregator = 'median'": _HONEST_MAJORITY,
     "strategy.aggregator = 'trimmed-mean'": _ENOUGH_TRIMMED,
     "strategy.aggregator = 'krum'": _FEW_LIARS,
@@ -164,6 +181,8 @@ EFFECTS: dict[str, Question] = {
     "strategy.layer_share": lambda config: config.strategy.name == "fedpeptao",
     "strategy.proximal_mu": lambda config: config.strategy.name == "fedprox",
     "strategy.shared_depth": lambda config: config.strategy.name == "fedper",
+    "strategy.grouping_round": lambda config: config.strategy.name == "clustered",
+    "strategy.max_groups": lambda config: config.strategy.name == "clustered",
     "strategy.alignment": lambda config: config.strategy.name == "fedrot",
     "strategy.byzantine_sites": lambda config: config.strategy.aggregator not in ("mean", "fltrust"),
     "strategy.trim_fraction": lambda config: config.strategy.aggregator == "trimmed-mean",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, explain
+from strategies.clustered import clustered
 from strategies.fedavg import fedavg
 from strategies.fedpeptao import fedpeptao
 from strategies.fedper import fedper
@@ -25,6 +26,7 @@ from strategies.slots import Strategy
 Recipe = Callable[[RunConfig], Strategy]
 
 RECIPES: dict[str, Recipe] = {
+    "clustered": clustered,
     "fedavg": fedavg,
     "fedper": fedper,
     "fedpeptao": fedpeptao,

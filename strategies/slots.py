@@ -182,12 +182,33 @@ class ServerOptimizer(Protocol):
         """
 
 
+class Grouping(Protocol):
+    """Which sites share a global adapter, where not all of them do."""
+
+    def is_due(self, round_: int) -> bool:
+        """Tell whether the groups are found from this round's updates; so it is in one round at most."""
+
+    def groups(self, updates: Mapping[str, UpdateSource], layout: Layout) -> tuple[dict[str, int], Measurements]:
+        """Return each site's group and what was measured; groups are numbered from 0, the largest, without gaps.
+
+        Args:
+            updates: By site, all from the same start.
+            layout: The tensors that they hold.
+        """
+
+
 @dataclass(frozen=True)
 class Strategy:
-    """One choice for each slot, under the algorithm's name."""
+    """One choice for each slot, under the algorithm's name.
+
+    Attributes:
+        grouping: Divides the sites into groups with a global adapter each; None leaves all together. The other slots then
+            work in each group by itself.
+    """
 
     name: str
     sampler: Sampler
     work: WorkPlan
     aggregator: Aggregator
     optimizer: ServerOptimizer
+    grouping: Grouping | None = None

@@ -23,6 +23,7 @@ _OWN = (
     " Personalised: the site's own adapter, made of the global one, what the site keeps to itself, and further steps on "
     "its own text where the run asks for some."
 )
+_GROUPS = " Sites of one group share a global adapter."
 
 
 def comparison(material: Material) -> Markup:
@@ -36,7 +37,7 @@ def comparison(material: Material) -> Markup:
     body = [_row(material, row, shown, (min(finite), max(finite))) for row in rows]
     table = el("table", el("thead", el("tr", *_heads(material, shown))), el("tbody", *body))
     key = legend((ROLES[column], COLUMNS[column]) for column in shown)
-    intro = _INTRO + (_OWN if "personalised" in shown else "")
+    intro = _INTRO + (_OWN if "personalised" in shown else "") + (_GROUPS if material.results.groups else "")
     return section("Does it help?", intro, key, el("div", table, class_="scroll"), long=True)
 
 
@@ -51,12 +52,17 @@ def _further(material: Material, shown: list[str]) -> list[str]:
     """Return the names of columns that only some runs have."""
     local = material.results.local_only
     elsewhere = local is not None and any(site.loss_all_sites is not None for site in local.sites.values())
-    names = ["change on base"] if {"base", "federated"} <= set(shown) else []
+    names = ["group"] if material.results.groups else []
+    names += ["change on base"] if {"base", "federated"} <= set(shown) else []
     return [*names, "local only, on all sites"] if elsewhere else names
 
 
 def _row(material: Material, row: Row, shown: list[str], bounds: tuple[float, float]) -> Markup:
-    further = {"change on base": change(row.base, row.federated), "local only, on all sites": _elsewhere(material, row)}
+    further = {
+        "group": _group(material, row),
+        "change on base": change(row.base, row.federated),
+        "local only, on all sites": _elsewhere(material, row),
+    }
     numbers = [el("td", _examples(material, row), class_="num"), *(_loss_cell(row, column) for column in shown)]
     numbers += [el("td", further[name], class_="num") for name in _further(material, shown)]
     losses = {column: getattr(row, column) for column in shown}
@@ -74,6 +80,11 @@ def _examples(material: Material, row: Row) -> str:
     if row.name == ALL_SITES and counts:
         return f"{sum(site.train_examples for site in counts.values()):,}"
     return f"{counts[row.name].train_examples:,}" if row.name in counts else NONE
+
+
+def _group(material: Material, row: Row) -> str:
+    found = material.results.groups
+    return NONE if found is None or row.name == ALL_SITES else str(found.groups.get(row.name, 0))
 
 
 def _elsewhere(material: Material, row: Row) -> str:

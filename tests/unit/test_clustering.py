@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedllm import rng
 from fedllm.update import Layout, TensorSpec
-from strategies.clustering import best_partition, clustered, distances_of, silhouette
+from strategies.clustering import AlikeByB, best_partition, distances_of, silhouette
 from strategies.slots import ArraySource
 
 LAYOUT = Layout(
@@ -41,6 +41,10 @@ def planted(groups: list[int], noise: float, seed: int = 0) -> dict[str, ArraySo
     return found
 
 
+def clustered(updates: dict[str, ArraySource], max_groups: int = 8) -> dict[str, int]:
+    return AlikeByB(1, max_groups).groups(updates, LAYOUT)[0]
+
+
 def adjusted_rand(one: list[int], two: list[int]) -> float:
     """Hubert and Arabie's index from pair counts."""
     pairs = list(itertools.combinations(range(len(one)), 2))
@@ -55,31 +59,31 @@ def adjusted_rand(one: list[int], two: list[int]) -> float:
 @pytest.mark.parametrize("groups", [[0, 1] * 4, [0, 0, 0, 1, 1, 2, 2, 2, 2], [3, 2, 1, 0, 3, 2, 1, 0, 3, 1]])
 def test_planted_groups_are_recovered(groups: list[int], noise: float) -> None:
     for seed in range(5):
-        found = clustered(planted(groups, noise, seed), LAYOUT, 8)
+        found = clustered(planted(groups, noise, seed))
         assert adjusted_rand(list(found.values()), groups) == 1.0
 
 
 def test_the_largest_group_comes_first() -> None:
-    found = clustered(planted([0, 1, 1, 2, 1, 2], 0.2), LAYOUT, 8)
+    found = clustered(planted([0, 1, 1, 2, 1, 2], 0.2))
     assert list(found.values()) == [2, 0, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("count", [2, 3, 6, 12])
 def test_sites_without_structure_stay_together(count: int) -> None:
     for seed in range(5):
-        assert set(clustered(planted(list(range(count)), 0.5, seed), LAYOUT, 8).values()) == {0}
-        assert set(clustered(planted([0] * count, 0.5, seed), LAYOUT, 8).values()) == {0}
+        assert set(clustered(planted(list(range(count)), 0.5, seed)).values()) == {0}
+        assert set(clustered(planted([0] * count, 0.5, seed)).values()) == {0}
 
 
 def test_no_more_groups_than_allowed_are_made() -> None:
-    found = clustered(planted([0, 0, 1, 1, 2, 2, 3, 3], 0.1), LAYOUT, 2)
+    found = clustered(planted([0, 0, 1, 1, 2, 2, 3, 3], 0.1), 2)
     assert set(found.values()) <= {0, 1}
 
 
 def test_the_order_of_sites_and_their_sizes_do_not_matter() -> None:
     updates = planted([0, 1, 0, 2, 2, 1], 0.4)
     doubled = {s: ArraySource({n: 2 * v for n, v in u.arrays.items()}) for s, u in reversed(updates.items())}
-    assert clustered(doubled, LAYOUT, 8) == clustered(updates, LAYOUT, 8)
+    assert clustered(doubled) == clustered(updates)
 
 
 def test_distances_are_means_over_layers_of_one_minus_the_cosine_of_b() -> None:
@@ -98,7 +102,7 @@ def test_a_site_whose_b_is_zero_is_far_from_all_and_breaks_nothing() -> None:
     updates = planted([0, 0, 1, 1], 0.1)
     updates["site-00"] = ArraySource({spec.name: np.zeros(spec.shape, np.float32) for spec in LAYOUT.tensors})
     assert np.isfinite(distances_of(list(updates.values()), LAYOUT)).all()
-    assert set(clustered(updates, LAYOUT, 4)) == set(updates)
+    assert set(clustered(updates, 4)) == set(updates)
 
 
 def plain_silhouette(distances: NDArray[np.float64], labels: list[int]) -> float:
