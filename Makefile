@@ -45,10 +45,9 @@ types:
 imports:
 	$(BIN)/lint-imports
 
-# Tests with processes of their own run one after the other; the others share the cores.
+# tests/conftest.py says how the tests are shared out.
 unit:
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal --ignore tests/integration
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m 'not slow' tests/integration
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 3 --no-loadscope-reorder
 
 test-slow: install  ## The long checks too
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m slow

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).parents[1]
+NOT_THE_APP = shutil.ignore_patterns("__pycache__")
 RAY_WAS_TOO_SLOW = "The current node timed out during startup"
 """What Ray says where a busy machine let its 30 seconds pass; it cannot be given more."""
 
@@ -30,11 +32,13 @@ class Flower:
 
     Attributes:
         folder: Where `flwr run` is called and `runs/` appears.
+        app: A copy of the app, see :func:`staged_app`.
         environment: Environment of all processes.
         port: The SuperLink's port.
     """
 
     folder: Path
+    app: Path
     environment: Mapping[str, str]
     port: int
 
@@ -44,7 +48,7 @@ class Flower:
         command = [
             str(Path(sys.executable).with_name("flwr")),
             "run",
-            str(REPOSITORY),
+            str(self.app),
             "--stream",
             "--run-config",
             settings,
@@ -142,11 +146,28 @@ def flower(folder: Path, **variables: str) -> Iterator[Flower]:
         "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
         **variables,
     }
-    home = Flower(folder, environment, port)
+    home = Flower(folder, staged_app(folder), environment, port)
     try:
         yield home
     finally:
         home.stop()
+
+
+def staged_app(folder: Path) -> Path:
+    """Copy what `flwr run` packs into `folder/app` and return that path.
+
+    Flower looks at every file under an app's folder, and a virtual environment in the repository has tens of thousands.
+    """
+    app = folder / "app"
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    for pattern in settings["fab-include"]:
+        root = REPOSITORY / pattern.split("/")[0]
+        if root.is_dir():
+            shutil.copytree(root, app / root.name, ignore=NOT_THE_APP)
+        else:
+            shutil.copy(root, app)
+    shutil.copy(REPOSITORY / "pyproject.toml", app)
+    return app
 
 
 def wait_for(condition: object, timeout_s: float = 120, poll_s: float = 0.02) -> None:

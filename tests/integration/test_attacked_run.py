@@ -11,7 +11,6 @@ from tests.flower_process import flower
 from tests.tiny_model import make_tiny_model
 
 
-@pytest.mark.slow
 def test_a_robust_rule_names_and_withstands_simulated_attackers(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model")
     rows = [{"prompt": f"Count to {i}.", "completion": f"Here are {i} numbers."} for i in range(80)]

@@ -69,28 +69,28 @@ def has_round(home: Flower, name: str, kind: str, round_: int) -> bool:
 
 
 MOMENTS = {
-    "while-sites-train": ("evaluation", 0, 0.4),
-    "after-a-round-is-recorded": ("round", 1, 0.0),
-    "while-sites-evaluate": ("round", 2, 0.3),
-    "after-the-last-round": ("round", 3, 0.05),
+    "while sites train": ("evaluation", 0, 0.4),
+    "after a round is recorded": ("round", 1, 0.0),
+    "while sites evaluate": ("round", 2, 0.3),
+    "after the last round": ("round", 3, 0.05),
 }
+"""When the server is killed: this event of a round, and so many seconds later."""
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_server_resumes_to_the_same_bits(home: Flower, undisturbed: bytes, moment: str) -> None:
-    kind, round_, delay_s = MOMENTS[moment]
-    process = home.start(settings(home.folder, moment), NUM_SITES)
-    wait_for(lambda: has_round(home, moment, kind, round_) or process.poll() is not None)
-    time.sleep(delay_s)
-    home.kill_server()
-    process.kill()
-    process.communicate()
-    assert not has_round(home, moment, "end", 0)
-    assert "end" not in {event["event"] for event in home.events(moment)}
-    output = home.run({**settings(home.folder, ""), "resume": moment}, NUM_SITES)
-    assert adapter(home, moment, output) == undisturbed
-    rounds = [event["round"] for event in home.events(moment) if event["event"] == "round"]
-    assert rounds == [1, 2, 3]
+def test_a_server_killed_again_and_again_resumes_to_the_same_bits(home: Flower, undisturbed: bytes) -> None:
+    config = settings(home.folder, "killed")
+    for moment, (kind, round_, delay_s) in MOMENTS.items():
+        process = home.start(config, NUM_SITES)
+        wait_for(lambda kind=kind, round_=round_, one=process: has_round(home, "killed", kind, round_) or one.poll())
+        time.sleep(delay_s)
+        home.kill_server()
+        process.kill()
+        process.communicate()
+        assert "end" not in {event["event"] for event in home.events("killed")}, moment
+        config = {**settings(home.folder, ""), "resume": "killed"}
+    output = home.run(config, NUM_SITES)
+    assert adapter(home, "killed", output) == undisturbed
+    assert [event["round"] for event in home.events("killed") if event["event"] == "round"] == [1, 2, 3]
 
 
 def test_another_seed_gives_other_bits_and_a_central_set_is_evaluated(home: Flower, undisturbed: bytes) -> None:

@@ -21,7 +21,7 @@ from fedllm.config import RunConfig
 from fedllm.data.partition import partition
 from fedllm.data.sources import load_examples
 from tests.flower_deployment import deployment
-from tests.flower_process import REPOSITORY, Flower, flower, wait_for
+from tests.flower_process import Flower, flower, wait_for
 from tests.tiny_model import make_tiny_model
 from tests.wire_tools import ChaosProxy
 
@@ -129,7 +129,7 @@ def test_a_client_killed_in_mid_push_hands_in_the_same_update_again(home: Flower
         deployment(home.folder / "deployed", nodes, FEDLLM_HOME=str(home.folder)) as federation,
     ):
         config = settings(home.folder, "client-killed", **line.settings, **{"transport.insecure": True})
-        process = federation.start(REPOSITORY, run_config(config))
+        process = federation.start(home.app, run_config(config))
         wait_for(lambda: line.has_sent(700_000)() or process.poll() is not None, timeout_s=240)
         victims = federation.client_apps(0)
         assert victims, "the site's process pushes"

@@ -227,6 +227,6 @@ def test_only_ports_of_update_servers_can_be_asked_for(gateway: Gateway):
     with socket.create_server(("127.0.0.1", 0)) as other:
         other.settimeout(0.5)
         with pytest.raises(TransportError):
-            gateway.connect(port=other.getsockname()[1], quiet_s=0.5).push("nonsense", source, receipt)
+            gateway.connect(port=other.getsockname()[1], quiet_s=0.5, stall_s=2.0).push("nonsense", source, receipt)
         with pytest.raises(TimeoutError):
             other.accept()

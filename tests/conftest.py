@@ -1,0 +1,36 @@
+"""Which tests share a process, and which begin first, where several processes share the work (`pytest -n 3`)."""
+
+from __future__ import annotations
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+LANES = {
+    "test_kill_and_resume.py": "killed servers",
+    "test_kill_and_stream.py": "broken streams",
+    "test_attacked_run.py": "killed servers",
+    "test_wrong_input.py": "killed servers",
+}
+"""Files with federations of their own: those of one lane run one after the other, in one process.
+
+They take minutes and mostly wait, so they begin first and the other tests fill the cores meanwhile; but more than two
+federations at a time are too many for two cores.
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the long waits begin first."""
+    items.sort(key=lambda item: item.path.name not in LANES)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    """Hand out whole lanes and whole files, so that what a file's tests share is made once."""
+    return Lanes(config, log)
+
+
+class Lanes(LoadScopeScheduling):
+    """Hands out tests lane by lane, and otherwise file by file, in the order in which they were collected."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.split("::", 1)[0]
+        return LANES.get(path.rsplit("/", 1)[-1], path)
