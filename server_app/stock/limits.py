@@ -45,7 +45,10 @@ _DONE = ("trainable", "proximal", "alignment", "carries_residual", "truncates")
 """Fields that are told to the site, done by the server in its place, or without meaning where all arrays travel whole."""
 
 _SLOTS = ("name", "sampler", "work", "aggregator", "optimizer", "is_exact")
-_PARTS: Mapping[str, str] = {"side_rank": "sites apply side factors beside the adapter, in place of changing the base"}
+_PARTS: Mapping[str, str] = {
+    "grouping": "groups of sites have a global adapter each, and Flower's loop has one for all",
+    "side_rank": "sites apply side factors beside the adapter, in place of changing the base",
+}
 
 
 def check_settings(settings: Mapping[str, Scalar], config: RunConfig) -> None:
@@ -70,7 +73,7 @@ def check_settings(settings: Mapping[str, Scalar], config: RunConfig) -> None:
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse a strategy whose parts or first rounds need our ClientApp.
+    """Refuse a strategy whose parts or first rounds need our own loop or ClientApp.
 
     Raises:
         ConfigError: With the reason.
@@ -105,9 +108,9 @@ def _changed(strategy: Strategy) -> Iterator[dataclasses.Field[object]]:
 
 
 def _reason(field: str, known: Mapping[str, str]) -> str:
-    return known.get(field, f"it asks for {field!r}, which is our ClientApp's part")
+    return known.get(field, f"it asks for {field!r}, which needs fedllm's own loop or ClientApp")
 
 
 def _refusal(name: str, reason: str) -> ConfigError:
-    fix = "Run it as a fedllm app (`flwr run` in this project), or choose a strategy of docs/extending.md's list."
-    return ConfigError(explain(f"{name!r} needs fedllm's own ClientApp: {reason}", where="strategy.name", fix=fix))
+    fix = "Run it as a fedllm app (`flwr run` in this project), or choose another (docs/flower-apps.md)."
+    return ConfigError(explain(f"{name!r} cannot run in a stock app: {reason}", where="strategy.name", fix=fix))

@@ -57,7 +57,7 @@ def stock_strategy(settings: Mapping[str, Scalar] | None = None) -> StockStrateg
             rate falls over the rounds and is to be that of `start`.
 
     Raises:
-        ConfigError: A setting is unknown, refused or without effect, or the strategy needs fedllm's own ClientApp.
+        ConfigError: A setting is unknown, refused or without effect, or the strategy needs fedllm's own loop or ClientApp.
     """
     config = read_run_config(dict(settings or {}))
     check_settings(settings or {}, config)

@@ -113,7 +113,7 @@ def test_flowers_loop_and_ours_end_with_the_same_bits(choice: str, tmp_path: Pat
 def test_every_recipe_gives_the_same_bits_or_says_why_it_needs_our_sites(name: str, tmp_path: Path) -> None:
     settings = {"strategy.name": name}
     if reason := refusal({**SETTINGS, **settings}):
-        assert "needs fedllm's own ClientApp: " in reason
+        assert "cannot run in a stock app: " in reason
     else:
         assert_equal(tmp_path, settings)
 
@@ -124,6 +124,7 @@ def test_every_recipe_gives_the_same_bits_or_says_why_it_needs_our_sites(name: s
         ({"strategy.name": "scaffold"}, "control variates"),
         ({"strategy.name": "fedsa-lora"}, "tensors of their own"),
         ({"strategy.name": "fedper"}, "tensors of their own"),
+        ({"strategy.name": "clustered"}, "one for all"),
         (
             {"strategy.name": "fedpeptao", "adapter.kind": "prefix", "strategy.server_optimizer": "adam"},
             "chooses which layers",
@@ -131,7 +132,7 @@ def test_every_recipe_gives_the_same_bits_or_says_why_it_needs_our_sites(name: s
     ],
 )
 def test_what_a_site_must_do_is_the_reason_of_a_refusal(settings: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ConfigError, match=f"needs fedllm's own ClientApp: .*{reason}"):
+    with pytest.raises(ConfigError, match=f"cannot run in a stock app: .*{reason}"):
         stock_strategy(settings)
 
 
