@@ -56,11 +56,13 @@ format: install  ## Bring the source into its format
 	$(BIN)/ruff check --fix -q . || true
 	$(BIN)/ruff format -q .
 
-fuzz: install  ## Throw damaged payloads at the reader for a minute
+fuzz: install  ## Throw damaged payloads at the reader for 90 seconds
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) install -q -c constraints.txt -e '.[fuzz]' || true
 	$(BIN)/python -m tests.fuzz.fuzz_payload --seconds 60
+	$(BIN)/python -m tests.fuzz.fuzz_payload --seconds 30 --blind
 
 docs: install  ## Rebuild the generated pages
 	$(BIN)/fedllm config --format markdown > docs/configuration.md
 
 clean:  ## Remove what can be made again, but no run
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .flwr
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .fuzz .flwr

@@ -54,14 +54,20 @@ def encode(
 
 def reseal(payload: bytes, change: Callable[[list[bytes]], object]) -> bytes:
     """Change the segments of a payload in place and write all checksums and lengths anew."""
+    head, segments = read_head(memoryview(payload))[0], segments_of(payload)
+    change(segments)
+    rows = tuple((len(segment), checksum(segment)) for segment in segments)
+    return Head(head.header, rows).to_bytes() + b"".join(segments)
+
+
+def segments_of(payload: bytes) -> list[bytes]:
+    """Cut a payload's segments out of it."""
     head, _ = read_head(memoryview(payload))
     segments, at = [], head.num_bytes
     for length, _ in head.rows:
         segments.append(payload[at : at + length])
         at += length
-    change(segments)
-    rows = tuple((len(segment), checksum(segment)) for segment in segments)
-    return Head(head.header, rows).to_bytes() + b"".join(segments)
+    return segments
 
 
 def reseal_head(payload: bytes, change: Callable[[bytearray], object]) -> bytes:

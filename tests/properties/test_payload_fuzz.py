@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fedllm.codecs.payload import open_payload
 from fedllm.errors import AgreementError, LayoutError, NonFiniteError, PayloadError
-from tests.fuzz.fuzz_payload import PIPELINES, REFERENCE, SAMPLES, one_input
+from tests.fuzz import fuzz_payload
+from tests.fuzz.fuzz_payload import PIPELINES, REFERENCE, SAMPLES, blind, one_input, seeds, start_counting
 from tests.payload_tools import BASE, LAYOUT, reseal
 
 REFUSALS = (PayloadError, LayoutError, NonFiniteError, AgreementError)
@@ -60,6 +61,34 @@ def test_a_damaged_payload_is_refused_or_means_the_same(case: tuple[int, bytes])
 @given(st.binary(min_size=0, max_size=60))
 def test_damage_with_right_checksums_is_read_or_refused(data: bytes) -> None:
     one_input(data)
+
+
+def test_the_fuzzer_finds_nothing_in_a_thousand_inputs() -> None:
+    start_counting()
+    try:
+        assert blind(1000, seed=2) == 1000
+    finally:
+        tracemalloc.stop()
+
+
+def test_every_seed_of_the_fuzzer_is_a_payload_that_reads() -> None:
+    for data in seeds():
+        sample, way, rest = data[0], data[1], data[2:]
+        if way == fuzz_payload.RAW:
+            assert fuzz_payload.read_all(rest)
+        else:
+            segments = fuzz_payload.segments_of(SAMPLES[sample])
+            assert segments[rest[0]] == rest[1:]
+
+
+def test_the_fuzzer_reports_an_input_that_takes_too_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_payload, "one_input", lambda data: bytes(1000 * len(data)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(AssertionError, match="bytes for an input of 1000"):
+            fuzz_payload.bounded(bytes(1000))
+    finally:
+        tracemalloc.stop()
 
 
 @settings(max_examples=150, deadline=None)
