@@ -11,17 +11,18 @@
 
     COMMAND = Command("hello", "greet somebody", configure, run)
 
-A module imports what it needs for its work inside functions where that is slow to import, so that ``fedllm --help`` stays
-quick.
+Commands that belong together are a :class:`Group` (``fedllm site start``, ``fedllm site stop``). A module imports what it
+needs for its work inside functions where that is slow to import, so that ``fedllm --help`` stays quick.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedllm.errors import CheckpointError, explain
 from fedllm.runs import RunFolder, list_runs, shell_home
@@ -42,6 +43,60 @@ class Command:
     summary: str
     configure: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Commands under a name of their own.
+
+    Attributes:
+        name: What is typed before a command's name.
+        summary: One line for the help, starting with a verb in lower case.
+        commands: Its commands, in the order of the help.
+        default: Name of the command that is meant where none is named, empty for no such command.
+    """
+
+    name: str
+    summary: str
+    commands: tuple[Command, ...]
+    default: str = ""
+
+
+def add_commands(
+    parser: argparse.ArgumentParser, commands: Sequence[Command | Group], default: str = "", prefix: str = ""
+) -> None:
+    """Give a parser its subcommands.
+
+    The parsed arguments then hold ``command``, and ``command_name`` as it was typed (``site start``).
+    """
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, action=_Subcommands, default_command=default)
+    for command in commands:
+        described = f"{command.summary[0].upper()}{command.summary[1:]}."
+        subparser = subparsers.add_parser(command.name, help=command.summary, description=described)
+        if isinstance(command, Group):
+            add_commands(subparser, command.commands, command.default, f"{prefix}{command.name} ")
+            continue
+        command.configure(subparser)
+        subparser.add_argument("--debug", action="store_true", help="show where an error came from")
+        subparser.set_defaults(command=command, command_name=f"{prefix}{command.name}")
+
+
+# The class has no public name, and typeshed makes it generic where the interpreter does not.
+class _Subcommands(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """Lets ``fedllm provision federation.toml`` stand for ``fedllm provision make federation.toml``."""
+
+    def __init__(self, *arguments: Any, default_command: str, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._default_command = default_command
+        if default_command:
+            self.choices = None  # else an argument of the default command is refused as an unknown command
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        if self._default_command and values[0] not in self._name_parser_map:
+            values = [self._default_command, *values]
+        super().__call__(parser, namespace, values, option_string)
 
 
 def add_home(parser: argparse.ArgumentParser) -> None:

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from fedllm.cli import config, generate, report, runs
-from fedllm.cli.command import Command
+from fedllm.cli.command import Command, Group, add_commands
+from fedllm.cli.site import group as site
 from fedllm.errors import CancelledError, FedLLMError, QuorumError, TrainingError, TransportError
 from fedllm.provenance import versions
 
-COMMANDS: tuple[Command, ...] = (runs.COMMAND, report.COMMAND, config.COMMAND, generate.COMMAND)
+COMMANDS: tuple[Command | Group, ...] = (runs.COMMAND, report.COMMAND, config.COMMAND, generate.COMMAND, site.GROUP)
 """The subcommands, in the order of the help."""
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FedLLMError as error:
         if parsed.debug:
             raise
-        print(f"fedllm {parsed.command.name}: {error}", file=sys.stderr)
+        print(f"fedllm {parsed.command_name}: {error}", file=sys.stderr)
         return FAILED if isinstance(error, _FAILURES) else WRONG
     except BrokenPipeError:  # the reader has seen enough, as in `fedllm config | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,18 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "Federated training of large language models: look at runs, explain settings, try adapters."
+    about = "Federated training of large language models: look at runs, explain settings, try adapters, serve a site."
     parser = argparse.ArgumentParser(prog="fedllm", description=about)
     parser.add_argument(
         "--version", action=_Version, nargs=0, help="print the release of fedllm and of what it runs on"
     )
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        described = f"{command.summary[0].upper()}{command.summary[1:]}."
-        subparser = subparsers.add_parser(command.name, help=command.summary, description=described)
-        command.configure(subparser)
-        subparser.add_argument("--debug", action="store_true", help="show where an error came from")
-        subparser.set_defaults(command=command)
+    add_commands(parser, COMMANDS)
     return parser
 
 
