@@ -69,7 +69,12 @@ def add_commands(
 
     The parsed arguments then hold ``command``, and ``command_name`` as it was typed (``site start``).
     """
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, action=_Subcommands, default_command=default)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, action=_Subcommands)
+    if default:
+        assert isinstance(subparsers, _Subcommands)
+        subparsers.default_command = default
+        # Else an argument of the default command is refused as an unknown command.
+        subparsers.choices = None  # type: ignore[assignment]
     for command in commands:
         described = f"{command.summary[0].upper()}{command.summary[1:]}."
         subparser = subparsers.add_parser(command.name, help=command.summary, description=described)
@@ -85,17 +90,13 @@ def add_commands(
 class _Subcommands(argparse._SubParsersAction):  # type: ignore[type-arg]
     """Lets ``fedllm provision federation.toml`` stand for ``fedllm provision make federation.toml``."""
 
-    def __init__(self, *arguments: Any, default_command: str, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self._default_command = default_command
-        if default_command:
-            self.choices = None  # else an argument of the default command is refused as an unknown command
+    default_command = ""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        if self._default_command and values[0] not in self._name_parser_map:
-            values = [self._default_command, *values]
+        if self.default_command and values[0] not in self._name_parser_map:
+            values = [self.default_command, *values]
         super().__call__(parser, namespace, values, option_string)
 
 
