@@ -11,7 +11,11 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-slow check lint types imports unit format fuzz docs constraints clean
+# Base images; without a registry, deploy/images/local-base.sh makes fedllm-base:local and fedllm-gateway-base:local.
+BASE ?= python:3.11-slim
+GATEWAY_BASE ?= nginx:1.28-bookworm
+
+.PHONY: help install demo test test-slow check lint types imports unit format fuzz wheelhouse images docs constraints clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -60,6 +64,17 @@ fuzz: install  ## Throw damaged payloads at the reader for 90 seconds
 	$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) install -q -c constraints.txt -e '.[fuzz]' || true
 	$(BIN)/python -m tests.fuzz.fuzz_payload --seconds 60
 	$(BIN)/python -m tests.fuzz.fuzz_payload --seconds 30 --blind
+
+wheelhouse: install  ## Collect every package that the container images and air-gapped sites install
+	$(PIP) wheel -q -w wheelhouse -c constraints.txt torch==2.13.0
+	$(PIP) wheel -q -w wheelhouse --no-deps -r deploy/demo/packages.txt
+	$(PIP) wheel -q -w wheelhouse --find-links wheelhouse -c constraints.txt '.[site]'
+
+images:  ## Build the container images from the wheelhouse
+	test -d wheelhouse || $(MAKE) wheelhouse
+	docker build -q -t fedllm-server -f deploy/images/Dockerfile --build-arg BASE=$(BASE) --build-arg EXTRA=server .
+	docker build -q -t fedllm-site -f deploy/images/Dockerfile --build-arg BASE=$(BASE) --build-arg EXTRA=site \
+		--build-arg PACKAGES="$$(grep -v '^#' deploy/demo/packages.txt | tr '\n' ' ')" .
 
 docs: install  ## Rebuild the generated pages
 	$(BIN)/fedllm config --format markdown > docs/configuration.md

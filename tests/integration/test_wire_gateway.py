@@ -87,7 +87,9 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         "GATEWAY_PORT": f"127.0.0.1:{port}",
         "GATEWAY_CERTIFICATE": files.certificate,
         "GATEWAY_KEY": files.key,
-        "SUPERLINK": f"127.0.0.1:{flower.server_port}",
+        "SUPERLINK": f"http://127.0.0.1:{flower.server_port}",
+        "SUPERLINK_NAME": "superlink",
+        "AUTHORITY": files.ca,
         "UPDATES_HOST": "127.0.0.1",
         "RESOLVER": "127.0.0.1",
     }

@@ -1,0 +1,25 @@
+#!/bin/bash
+# Makes base images where no container registry can be reached: Debian with Python, and Debian with nginx, from Debian's
+# packages alone. Needs root, debootstrap and a running Docker engine.
+#
+#   sudo deploy/images/local-base.sh
+#   make compose-demo BASE=fedllm-base:local GATEWAY_BASE=fedllm-gateway-base:local
+set -euo pipefail
+
+suite=${SUITE:-bookworm}
+mirror=${MIRROR:-http://deb.debian.org/debian}
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+# Makes an image of what a fresh Debian has with the packages named, without caches, lists and documentation.
+make_image() {
+    local name=$1 packages=$2 root=$folder/${1%%:*}
+    debootstrap --variant=minbase --include="$packages" "$suite" "$root" "$mirror" > "$folder/log" \
+        || { tail -n 20 "$folder/log" >&2; exit 1; }
+    rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/usr/share/{doc,man,locale}/* "$root"/var/log/*
+    tar -C "$root" --numeric-owner -c . | docker import --change 'ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin' - "$name" > /dev/null
+    docker image ls --format '{{.Repository}}:{{.Tag}} {{.Size}}' "$name"
+}
+
+make_image fedllm-base:local python3,python3-venv,ca-certificates,libgomp1
+make_image fedllm-gateway-base:local nginx-light,gettext-base,ca-certificates
