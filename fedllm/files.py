@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 
 
-def atomic_write(path: Path, content: bytes | str, *, durable: bool = True) -> None:
+def atomic_write(path: Path, content: bytes | str, *, durable: bool = True, mode: int = 0o666) -> None:
     """Replace a file's content so that a crash at any moment leaves the old content or the new one.
 
     The content goes to a temporary file in the same folder, reaches the disk if it is to be durable, and takes the name;
@@ -17,11 +17,12 @@ def atomic_write(path: Path, content: bytes | str, *, durable: bool = True) -> N
         path: The file; its folder exists.
         content: Bytes, or text that is written as UTF-8.
         durable: Also against a power cut, not only against the death of the process; costs milliseconds.
+        mode: Permissions of the file before the umask; 0o600 for a secret, which then is nobody else's at any moment.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             if durable:
                 file.flush()

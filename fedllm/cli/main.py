@@ -13,11 +13,19 @@ from collections.abc import Sequence
 
 from fedllm.cli import config, generate, report, runs
 from fedllm.cli.command import Command, Group, add_commands
+from fedllm.cli.provision import group as provision
 from fedllm.cli.site import group as site
 from fedllm.errors import CancelledError, FedLLMError, QuorumError, TrainingError, TransportError
 from fedllm.provenance import versions
 
-COMMANDS: tuple[Command | Group, ...] = (runs.COMMAND, report.COMMAND, config.COMMAND, generate.COMMAND, site.GROUP)
+COMMANDS: tuple[Command | Group, ...] = (
+    runs.COMMAND,
+    report.COMMAND,
+    config.COMMAND,
+    generate.COMMAND,
+    provision.GROUP,
+    site.GROUP,
+)
 """The subcommands, in the order of the help."""
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130

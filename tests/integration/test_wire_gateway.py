@@ -18,15 +18,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedllm.errors import CancelledError, TransportError
+from fedllm.provision.authority import Authority, read_certificate, write_certificate
+from fedllm.provision.keys import new_key, write_key
 from fedllm.wire.client import UpdateClient
 from fedllm.wire.server import UpdateServer
 from fedllm.wire.spool import Spool
 from fedllm.wire.stream import StreamClientTransport, StreamServerTransport
 from fedllm.wire.ticket import TicketKey
 from fedllm.wire.tls import TlsConfig
-from tests.wire_tools import RUN, ChaosProxy, Site, make_certificates, payload
+from tests.wire_tools import RUN, ChaosProxy, Site, payload
 
 MIB = 1 << 20
 TEMPLATE = Path(__file__).parents[2] / "deploy" / "gateway" / "nginx.conf"
@@ -60,9 +63,11 @@ class Gateway(Site):
 
     port: int
     ca: Path
+    member: TlsConfig
+    revoked: TlsConfig
 
     def connect(self, through: int | None = None, **settings: object) -> UpdateClient:
-        settings = {"tls": TlsConfig(ca=self.ca), "port": self.server.port} | settings
+        settings = {"tls": self.member, "port": self.server.port} | settings
         return UpdateClient(f"127.0.0.1:{through or self.port}", **settings)  # type: ignore[arg-type]
 
     def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
@@ -78,18 +83,30 @@ class Gateway(Site):
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("gateway")
-    files = make_certificates(folder)
+    authority = Authority.create("gateway-test", days=2)
+    authority.write(folder)
+    key = new_key()
+    write_key(folder / "server.key", key)
+    certificate = authority.server_certificate(key.public_key(), ("localhost", "127.0.0.1"), days=1)
+    write_certificate(folder / "server.crt", certificate)
+    member, revoked = (_site(folder, authority, name) for name in ("member", "revoked"))
+    assert revoked.certificate is not None
+    revocations = authority.revocations([read_certificate(revoked.certificate)])
+    (folder / "revoked.pem").write_bytes(revocations.public_bytes(Encoding.PEM))
     flower = ThreadingHTTPServer(("127.0.0.1", 0), Flower)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.crt", folder / "server.key")
+    flower.socket = context.wrap_socket(flower.socket, server_side=True)
     threading.Thread(target=flower.serve_forever, daemon=True).start()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     values = {
         "GATEWAY_PORT": f"127.0.0.1:{port}",
-        "GATEWAY_CERTIFICATE": files.certificate,
-        "GATEWAY_KEY": files.key,
-        "SUPERLINK": f"http://127.0.0.1:{flower.server_port}",
-        "SUPERLINK_NAME": "superlink",
-        "AUTHORITY": files.ca,
+        "GATEWAY_CERTIFICATE": "server.crt",
+        "GATEWAY_KEY": "server.key",
+        "AUTHORITY": "ca.crt",
+        "SUPERLINK": f"https://127.0.0.1:{flower.server_port}",
+        "SUPERLINK_NAME": "localhost",
         "UPDATES_HOST": "127.0.0.1",
         "RESOLVER": "127.0.0.1",
     }
@@ -98,21 +115,29 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         "/dev/stdout", str(folder / "access.log")
     )
     (folder / "nginx.conf").write_text(text)
+    shutil.copy(TEMPLATE.with_name("site-certificates.conf"), folder)
     assert NGINX is not None
     command = [NGINX, "-c", str(folder / "nginx.conf"), "-p", str(folder), "-e", "stderr", "-g", "daemon off;"]
     with (folder / "error.log").open("w") as log:
         nginx = subprocess.Popen(command, stderr=log)
-    spool, key = Spool(folder / "spool"), TicketKey.generate()
+    spool, tickets = Spool(folder / "spool"), TicketKey.generate()
     try:
-        with UpdateServer(spool, key, RUN, insecure=True) as server:
+        with UpdateServer(spool, tickets, RUN, insecure=True) as server:
             server.open_round(1)
             _wait_for(port, nginx, folder / "error.log")
-            yield Gateway(folder, server, spool, key, port, files.ca)
+            yield Gateway(folder, server, spool, tickets, port, folder / "ca.crt", member, revoked)
     finally:
         nginx.terminate()
         nginx.wait()
         flower.shutdown()
         flower.server_close()
+
+
+def _site(folder: Path, authority: Authority, name: str) -> TlsConfig:
+    key = new_key()
+    write_key(folder / f"{name}.key", key)
+    write_certificate(folder / f"{name}.crt", authority.site_certificate(key.public_key(), name, days=1))
+    return TlsConfig(folder / "ca.crt", folder / f"{name}.crt", folder / f"{name}.key")
 
 
 def _wait_for(port: int, nginx: subprocess.Popen[bytes], log: Path) -> None:
@@ -147,7 +172,7 @@ def test_the_whole_transport_passes_the_gateway(gateway: Gateway):
     payload(gateway.folder / "local", MIB, seed=1)
     transport.publish("global", gateway.folder / "global")
     instruction = transport.offer(round_=7, site="a", state_id="global", max_update_bytes=MIB)
-    client = StreamClientTransport(partial(UpdateClient, tls=TlsConfig(ca=gateway.ca)))
+    client = StreamClientTransport(partial(UpdateClient, tls=gateway.member))
     client.fetch(instruction, gateway.folder / "got")
     received = transport.receive(round_=7, site="a", reply=client.push(instruction, gateway.folder / "local"))
     assert (gateway.folder / "got").read_bytes() == (gateway.folder / "global").read_bytes()
@@ -177,6 +202,17 @@ def test_refusals_and_closed_rounds_reach_the_site_through_the_gateway(gateway: 
         gateway.server.close_round(2)
         with pytest.raises(CancelledError, match="Round 2 is closed"):
             push.result(timeout=10)
+
+
+def test_only_sites_with_a_certificate_that_holds_may_send_updates(gateway: Gateway):
+    source = gateway.folder / "stranger"
+    receipt = payload(source, 10, seed=6)
+    for tls in (TlsConfig(ca=gateway.ca), gateway.revoked):
+        client = gateway.connect(tls=tls, quiet_s=0.5, stall_s=2.0)
+        with pytest.raises(TransportError):
+            client.push(gateway.ticket(site="stranger"), source, receipt)
+    gateway.connect().push(gateway.ticket(site="stranger"), source, receipt)
+    assert gateway.delivered("stranger") == source.read_bytes()
 
 
 def test_two_runs_share_one_gateway(gateway: Gateway):
