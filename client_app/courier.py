@@ -23,6 +23,7 @@ from fedllm.codecs.payload import encode_payload, open_payload
 from fedllm.codecs.pipeline import parse
 from fedllm.config import RunConfig
 from fedllm.errors import AgreementError, CorruptPayloadError, StaleStateError, explain
+from fedllm.lora.cut import narrow, narrowed
 from fedllm.messages import StateInstruction, TrainInstruction
 from fedllm.update import Arrays, Layout, digest_arrays, taken, zeros
 from fedllm.wire.transport import Envelope
@@ -60,8 +61,9 @@ class Courier:
         config: The run config.
         site: The site's name.
         state_dir: The site's files for this run.
-        adapter: The layout of the adapter that the site holds.
+        adapter: The layout of the federation's adapter, which the site holds.
         first_values: Makes what that adapter starts from.
+        rank: How many of its components the site trains, for LoRA.
         base: Fingerprint of the base that it holds.
         owner: The data owner's file in deployment.
         attack: What the site does as a simulated attacker, None for an honest one.
@@ -74,6 +76,7 @@ class Courier:
     state_dir: Path
     adapter: Layout
     first_values: Callable[[], Arrays]
+    rank: int
     base: str
     owner: SiteConfig | None
     attack: Attack | None = None
@@ -180,6 +183,7 @@ class Courier:
         assert isinstance(asked, TrainInstruction), "only training has an update"
         part, path = asked.work.sent(self.layout), self.memory.update_path(asked.round)
         shared = adapter_of(part)
+        sent = narrowed(shared, self.rank)
         if self.kept.layout.tensors:
             self.kept.keep(asked.round, taken(trained, self.kept.layout))
         delta: Arrays = {name: trained[name] - received[name] for name in shared.names}
@@ -189,18 +193,20 @@ class Courier:
         if chosen:
             part = shared = part.only(chosen)
             delta = taken(delta, part)
+        sent = narrowed(shared, self.rank)
+        delta = narrow(delta, shared, self.rank)
         feedback = self._feedback()
-        intended = self._compensated(feedback, delta, shared, asked) if feedback else delta
+        intended = self._compensated(feedback, delta, sent, asked) if feedback else delta
         info = encode_payload(
             path,
             intended | (change or {}),
-            part,
+            narrowed(part, self.rank),
             kind="update",
             round_=asked.round,
             base=self.base,
             pipeline=self.config.transport.uplink,
             reference_id=asked.state_id,
-            reference=taken(received, part),
+            reference=narrow(received, part, self.rank),
             is_difference=True,
             seed=self.config.seed,
             site=self.site,
@@ -211,12 +217,13 @@ class Courier:
         if feedback is None:
             return Update(path, 0.0, decoded, tuple(chosen))
         residual = feedback.residual(intended, decoded)
-        self.memory.keep_residual(asked.round, shared, residual)
+        self.memory.keep_residual(asked.round, sent, residual)
         return Update(path, relative_norm(residual, delta), decoded, tuple(chosen))
 
     def _feedback(self) -> ErrorFeedback | None:
         transport = self.config.transport
-        if not transport.error_feedback or parse(transport.uplink).is_lossless:
+        is_lossless = parse(transport.uplink).is_lossless
+        if not transport.error_feedback or is_lossless or not self.instruction.work.carries_residual:
             return None
         return ErrorFeedback(transport.feedback_beta, transport.feedback_max_age)
 

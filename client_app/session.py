@@ -28,16 +28,13 @@ from fedllm.messages import Instruction, Score, StateInstruction
 from fedllm.model.build import (
     LoadedBase,
     adapter_target_modules,
-    attach_adapter,
     cached_base,
     first_values,
-    layout_of,
     only_trainable,
-    read_adapter,
-    write_adapter,
 )
 from fedllm.model.evaluate import evaluate_loss
 from fedllm.model.export import save_peft_adapter
+from fedllm.model.fitted import FittedAdapter, fit_adapter
 from fedllm.model.generate import answer, without_adapter
 from fedllm.model.prompts.attach import num_used, use_first
 from fedllm.model.prompts.tensors import with_first_tokens
@@ -63,17 +60,25 @@ class Session:
         workplace: Name, folders and hardware.
         config: The effective run config.
         base: The quantized base and its fingerprints.
-        model: The base with the adapter attached.
-        layout: The adapter's layout.
+        adapter: The federation's adapter on that base.
         data: Tokenised training text and hold-out.
     """
 
     workplace: Workplace
     config: RunConfig
     base: LoadedBase
-    model: PeftModel
-    layout: Layout
+    adapter: FittedAdapter
     data: SiteData
+
+    @property
+    def model(self) -> PeftModel:
+        """The base with the adapter attached."""
+        return self.adapter.model
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the federation's adapter."""
+        return self.adapter.layout
 
     @property
     def agreement(self) -> Agreement:
@@ -119,6 +124,7 @@ class Session:
             state_dir=workplace.state_dir,
             adapter=self.layout,
             first_values=self.first_values,
+            rank=self.adapter.rank,
             base=self.base.fingerprint,
             owner=workplace.owner,
             attack=simulated_attack(self.config, workplace),
@@ -126,7 +132,7 @@ class Session:
 
     def load(self, arrays: Arrays) -> None:
         """Put an adapter's values into the model."""
-        write_adapter(self.model, self.layout, arrays)
+        self.adapter.write(arrays)
 
     def train(
         self,
@@ -139,8 +145,9 @@ class Session:
         title: str,
         total_steps: int | None = None,
         drift: DriftControl | None = None,
+        truncated: bool = False,
     ) -> tuple[TrainResult, Arrays]:
-        """Train an adapter and return the result and the trained values.
+        """Train an adapter, or the site's part of it, and return the result and the trained values.
 
         Args:
             start: Where to start.
@@ -151,8 +158,9 @@ class Session:
             title: What the progress bar says.
             total_steps: Steps that the learning rate's course stretches over, None for those of the federation.
             drift: What keeps the steps from drifting, None for nothing.
+            truncated: Train without what is not the site's part.
         """
-        self.load(start)
+        self.adapter.write(start, truncated=truncated)
         drawn = rng.derive(self.config.seed, round_, self.workplace.site, "training")
         plan = self._plan(first_step, num_steps, total_steps or self.config.total_steps, drawn)
         seed = rng.derive(self.config.seed, round_, self.workplace.site, "batches")
@@ -165,7 +173,7 @@ class Session:
             if drift:
                 drift.begin(parameters)
             result = train(self.model, batches, plan, drift=drift, on_step=show)
-        return result, read_adapter(self.model, self.layout)
+        return result, self.adapter.read(start)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -231,16 +239,14 @@ def open_session(instruction: Instruction, workplace: Workplace) -> Session:
     """
     config = instruction.read_config()
     base = cached_base(config.model, home=workplace.home, cache_dir=workplace.cache_dir, device=workplace.device)
-    adapter = config.spec.adapter
-    model = attach_adapter(base, adapter)
-    if not isinstance(adapter, LoraSpec):
-        use_first(model, adapter.own_length(workplace.prompt_length(config)))
+    adapter = fit_adapter(base, config.spec.adapter, *workplace.own_adapter(config))
+    if not isinstance(config.spec.adapter, LoraSpec):
+        use_first(adapter.model, config.spec.adapter.own_length(workplace.prompt_length(config)))
     return Session(
         workplace=workplace,
         config=config,
         base=base,
-        model=model,
-        layout=layout_of(model),
+        adapter=adapter,
         data=_prepare(workplace, config, base),
     )
 

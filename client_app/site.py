@@ -44,7 +44,14 @@ class SiteDataSection(Section):
 
 
 class AdapterSection(Section):
-    """How much of the federation's adapter the site uses, within the operator's bounds."""
+    """How much of the federation's adapter the site uses and trains, within the operator's bounds."""
+
+    rank: int = Field(0, ge=0)
+    """Rank of LoRA that the site trains, from the run's `adapter.min_rank` to its `adapter.rank`; 0 takes the latter. The
+    other components it applies as they are."""
+
+    alpha: float = Field(0.0, ge=0)
+    """LoRA alpha that the site trains with, 0 for the run's. Its scale is inside what the server averages."""
 
     num_virtual_tokens: int = Field(0, ge=0)
     """Virtual tokens of a soft prompt that the site uses and trains, the first ones; 0 for all."""

@@ -69,6 +69,7 @@ def greet(instruction: Hello, workplace: Workplace) -> Answer:
     """Build the model, read the data, and state what the site holds."""
     session = open_session(instruction, workplace)
     report = session.data.report
+    rank, alpha = workplace.own_adapter(session.config)
     introduction = Introduction(
         site=workplace.site,
         agreement=session.agreement,
@@ -86,6 +87,8 @@ def greet(instruction: Hello, workplace: Workplace) -> Answer:
         ),
         base_load_s=session.base.seconds,
         base_from_cache=session.base.from_cache,
+        rank=rank,
+        alpha=alpha,
     )
     log.info("%s is ready: %s", workplace.site, session.summary)
     return introduction, None
@@ -143,6 +146,7 @@ def _train(session: Session, instruction: TrainInstruction, courier: Courier) ->
         round_=instruction.round,
         title=f"{site} round {instruction.round}",
         drift=drift,
+        truncated=work.truncates,
     )
     finished = time.perf_counter()
     if work.alignment:

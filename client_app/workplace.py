@@ -67,6 +67,14 @@ class Workplace:
             return self.owner.adapter.num_virtual_tokens
         return config.simulation.prompt_length_of(self.partition[0]) if self.partition else 0
 
+    def own_adapter(self, config: RunConfig) -> tuple[int, float]:
+        """Return the LoRA rank and alpha that the site trains with, 0 for the run's."""
+        if self.owner:
+            return self.owner.adapter.rank, self.owner.adapter.alpha
+        if self.partition is None:
+            return 0, 0.0
+        return config.simulation.adapter_of(self.partition[0])
+
     def data_config(self, config: RunConfig) -> DataConfig:
         """Return the run's data section with what the data owner decides put in its place."""
         return self.owner.merged_data(config.data) if self.owner else config.data

@@ -86,6 +86,13 @@ class SimulationConfig(Section):
     backdoor_target: str = "The vault is open."
     """What a backdoored model is to answer then."""
 
+    ranks: str = Field("", pattern=r"^(\d+(\s*,\s*\d+)*)?$")
+    """LoRA ranks of the sites, such as `4,8,16`, taken in turn, from `adapter.min_rank` to `adapter.rank`; empty takes the
+    latter for all."""
+
+    alphas: str = Field("", pattern=r"^(\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?)*)?$")
+    """LoRA alphas of the sites, taken in turn; empty takes `adapter.alpha` for all."""
+
     @model_validator(mode="after")
     def _check_attack(self) -> SimulationConfig:
         if (self.attack == "none") != (self.num_attackers == 0):
@@ -93,6 +100,25 @@ class SimulationConfig(Section):
         if self.attack in ("label-flip", "backdoor") and self.attack_strength > 1:
             raise ValueError(f"simulation.attack_strength is a share of the examples for {self.attack!r}: at most 1")
         return self
+
+    @property
+    def rank_list(self) -> list[int]:
+        """The ranks."""
+        return [int(rank) for rank in _numbers(self.ranks)]
+
+    @property
+    def alpha_list(self) -> list[float]:
+        """The alphas."""
+        return _numbers(self.alphas)
+
+    def adapter_of(self, index: int) -> tuple[int, float]:
+        """Return a site's own LoRA rank and alpha, 0 for the run's."""
+        ranks, alphas = self.rank_list, self.alpha_list
+        return ranks[index % len(ranks)] if ranks else 0, alphas[index % len(alphas)] if alphas else 0.0
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",") if part.strip()]
 
 
 class TrainConfig(Section):
@@ -166,8 +192,7 @@ class StrategyConfig(Section):
     """How updates become the next global adapter."""
 
     name: str = "fedavg"
-    """Recipe, one of those in docs/strategies.md: `clustered`, `fedavg`, `fedper`, `fedprox`,
-    `fedrot`, `fedsa-lora`, `ffa-lora`, `rolora`, `scaffold`."""
+    """Recipe, one of those in docs/strategies.md, such as `fedavg`, `fedex`, `flora`, `rolora`, `scaffold`."""
 
     server_optimizer: Literal["sgd", "adagrad", "adam", "yogi"] = "sgd"
     """How the global adapter moves along the aggregated delta (Reddi et al., arXiv 2003.00295); `sgd` with rate 1 and no
@@ -235,6 +260,15 @@ class StrategyConfig(Section):
     robust_on: Literal["factors", "products"] = "factors"
     """Where rules compare updates of LoRA layers: on the `factors` A and B, or on the change of their `products`, which
     does not depend on how a site shares a change between its factors."""
+
+    energy_threshold: float = Field(0.99, gt=0, le=1)
+    """Share of a layer's squared norm that `florist` keeps in the adapter, with as few components as it takes."""
+
+    lossless: bool = True
+    """Let `florist` keep the rest in side factors; without, it is lost."""
+
+    ridge: float = Field(0.01, gt=0)
+    """Penalty of `lora-fair` on moving B, in proportion to the mean square of a row of the mean A."""
 
 
 class EvaluationConfig(Section):

@@ -78,6 +78,8 @@ class Introduction(Message):
         layout: The adapter's layout as JSON text, whose digest is in the agreement.
         target_modules: Names of the adapted modules, for PEFT's config.
         base_load_s: Seconds that loading the base took, and whether it came from the cache.
+        rank: LoRA components that the site trains, 0 for as many as the run's adapter has.
+        alpha: LoRA alpha that it trains with, 0 for the run's.
     """
 
     kind: Literal["introduction"] = "introduction"
@@ -88,6 +90,8 @@ class Introduction(Message):
     data: DataCounts
     base_load_s: float
     base_from_cache: bool
+    rank: int = Field(0, ge=0)
+    alpha: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
 class FirstStateInstruction(Instruction):

@@ -152,11 +152,13 @@ class Contribution:
         site: The site's stable name.
         weight: Aggregation weight before normalisation, usually the number of training examples; positive.
         metrics: Small named numbers for people to look at.
+        rank: Components that the site trained of a LoRA adapter, 0 for all.
     """
 
     site: str
     weight: float
     metrics: Mapping[str, float]
+    rank: int = 0
 
 
 def taken(arrays: Mapping[str, NDArray[np.float32]], layout: Layout) -> Arrays:

@@ -40,6 +40,9 @@ class ClientWork(BaseModel):
             0 for none.
         control_variates: Correct every step by control variates, as SCAFFOLD does, and send their changes.
         share: Share of those tensors that an update holds which a site really sends, of its own choice; it says which.
+        carries_residual: What a lossy codec dropped may be added to the site's next update. Not where the server makes
+            other factors of the same product, in which it would mean something else.
+        truncates: A site of smaller rank applies its own components only while it trains, in place of the whole.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +54,8 @@ class ClientWork(BaseModel):
     alignment: Annotated[float, Field(ge=0, le=1)] = 0.0
     control_variates: bool = False
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    carries_residual: bool = True
+    truncates: bool = False
 
     def state(self, adapter: Layout) -> Layout:
         """Return the tensors of a global state: the adapter's, and the control variates of those that are shared."""

@@ -29,6 +29,7 @@ from server_app.roster import Roster
 from server_app.transports import SPOOL, build_transport
 from strategies.compatibility import check_compatibility, without_effect
 from strategies.registry import build_strategy
+from strategies.slots import Strategy
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +90,24 @@ def run_federation(
 
 def _start(home: Path, config: RunConfig) -> tuple[RunFolder, RunConfig, None]:
     check_compatibility(config)
-    build_strategy(config)
+    config = with_side_rank(config, build_strategy(config))
     folder = RunFolder.create(home, config.name or _new_name(config))
     return folder, config, None
+
+
+def with_side_rank(config: RunConfig, strategy: Strategy) -> RunConfig:
+    """Return the config with the rank of the side factors that the strategy needs, which sites read there.
+
+    Raises:
+        ConfigError: A rank is given for a strategy without side factors.
+    """
+    given = config.adapter.side_rank
+    if given and not strategy.side_rank:
+        fix = "Remove it, or choose a strategy that has side factors."
+        raise ConfigError(
+            explain(f"adapter.side_rank has no effect with strategy {strategy.name!r}", found=given, fix=fix)
+        )
+    return config.model_copy(update={"adapter": config.adapter.model_copy(update={"side_rank": strategy.side_rank})})
 
 
 def _new_name(config: RunConfig) -> str:

@@ -33,16 +33,17 @@ def central_score(config: RunConfig, home: Path, state: RunState) -> dict[str, f
     # Imported here so that a server without central evaluation never loads torch.
     from fedllm.data.encode import encode
     from fedllm.data.sources import load_examples
-    from fedllm.model.build import attach_adapter, cached_base, write_adapter
+    from fedllm.model.build import cached_base
     from fedllm.model.cache import default_cache_dir
     from fedllm.model.evaluate import evaluate_loss
+    from fedllm.model.fitted import fit_adapter
     from fedllm.model.generate import without_adapter
 
     base = cached_base(config.model, home=home, cache_dir=default_cache_dir(), device="auto")
-    model, layout = attach_adapter(base, common_part(config.spec.adapter)), common_of(state.adapter_layout)
-    write_adapter(model, layout, taken(state.adapter, layout))
+    adapter, layout = fit_adapter(base, common_part(config.spec.adapter)), common_of(state.adapter_layout)
+    adapter.write(taken(state.adapter, layout))
     examples = load_examples(source, config.data.format, home, deduplicate=config.data.deduplicate)
     sequences, _ = encode(examples, base.tokenizer, config.data.max_length)
-    with nullcontext() if state.round else without_adapter(model):  # round 0 is the base alone
-        totals = evaluate_loss(model, sequences, config.train.batch_size * 4)
+    with nullcontext() if state.round else without_adapter(adapter.model):  # round 0 is the base alone
+        totals = evaluate_loss(adapter.model, sequences, config.train.batch_size * 4)
     return {"loss": totals.loss, "accuracy": totals.accuracy, "num_tokens": totals.num_targets}

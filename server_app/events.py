@@ -93,7 +93,10 @@ class Round(_Event):
     """Why the updates of an attempt could not be aggregated; empty where they were too few."""
     sites: dict[str, SiteRound] = {}
     update_norm: float | None = None
-    """Euclidean norm of the aggregated delta."""
+    """Euclidean norm of the aggregated delta, or of the change of the products where those are averaged."""
+    discarded_energy: float | None = None
+    """Share of the mean product's squared norm that did not fit into the next adapter; None where products are not
+    averaged. Its root is the round's relative error."""
     bytes_up: int = 0
     """Payload bytes from all sites to the server."""
     bytes_down: int = 0

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedllm.agreement import Agreement, check_agreement, common_ground
-from fedllm.errors import AgreementError, LayoutError, QuorumError, explain
+from fedllm.errors import AgreementError, ConfigError, LayoutError, QuorumError, explain
+from fedllm.lora.choice import rank_at
 from fedllm.messages import Failure, Hello, Introduction
 from fedllm.update import Layout
 from server_app.exchange import Exchange, Reply
@@ -48,7 +49,7 @@ class Roster:
         agreement: Agreement | None = None,
     ) -> None:
         self._exchange = exchange
-        self._hello = hello
+        self._hello, self._config = hello, hello.read_config()
         self._on_left_out = on_left_out
         self._pending: dict[str, int] = {}
         self._asked: set[int] = set()
@@ -129,7 +130,8 @@ class Roster:
         try:
             check_agreement(agreement, message.agreement, message.site)
             _check_layout(message)
-        except (AgreementError, LayoutError) as error:
+            rank_at(self._config, message)
+        except (AgreementError, ConfigError, LayoutError) as error:
             self._leave_out(message.site, str(error))
             return
         holder = self.members.get(message.site)

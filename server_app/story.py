@@ -30,6 +30,9 @@ from server_app.results import Results, Row, natural, perplexity
 log = logging.getLogger(__name__)
 
 COLUMNS = 88
+LEAST_TOLD = 1e-6
+"""Share of discarded energy from which on it is told; below it is rounding."""
+
 _TEXT_COLUMNS = 72
 _NAME_COLUMNS = 26
 _MAX_ROWS = 40
@@ -96,6 +99,7 @@ def _round(event: Round) -> Iterator[tuple[str, str]]:
     else:
         items += [] if event.train_loss is None else [f"loss {event.train_loss:.3f}"]
         items += [] if event.update_norm is None else [f"update norm {event.update_norm:.3g}"]
+        items += [f"{event.discarded_energy:.2%} discarded"] if (event.discarded_energy or 0) >= LEAST_TOLD else []
         traffic = [f"{human_bytes(event.bytes_up)} up", f"{human_bytes(event.bytes_down)} down"]
         yield "trained", ", ".join([*items, *traffic])
     notes = {site: clean(part.note) for site, part in event.sites.items() if part.note}

@@ -83,6 +83,8 @@ def _evaluation(event: Evaluation) -> Iterator[tuple[str, float]]:
 def _round(event: Round) -> Iterator[tuple[str, float]]:
     yield "train/loss", math.nan if event.train_loss is None else event.train_loss
     yield "train/update_norm", math.nan if event.update_norm is None else event.update_norm
+    if event.discarded_energy is not None:
+        yield "train/discarded_energy", event.discarded_energy
     yield "round/participants", float(len(event.participants))
     yield "round/rejected", float(len(event.rejected))
     yield "round/seconds", event.seconds

@@ -14,11 +14,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fedllm.codecs.payload import PayloadReader, open_payload
+from fedllm.codecs.payload import PayloadReader
 from fedllm.errors import FedLLMError, TransportError, UpdateError, explain
 from fedllm.messages import Failure, TrainInstruction, TrainReport
-from fedllm.update import Contribution, Layout
+from fedllm.update import Contribution
 from fedllm.work import ClientWork
+from server_app.arrivals import Arrivals, arrivals
 from server_app.broadcast import Start
 from server_app.checkpoint import RunState
 from server_app.dialogue import Dialogue
@@ -26,7 +27,7 @@ from server_app.exchange import Deadline, Reply
 from server_app.federation import Federation, Stopwatch
 from server_app.groups import by_group, divided, joined, measured_together
 from server_app.roster import Member
-from strategies.parts import check_length, in_part
+from strategies.parts import check_length
 from strategies.slots import Measurements, Origin
 
 log = logging.getLogger(__name__)
@@ -95,12 +96,13 @@ def train_round(federation: Federation, state: RunState, round_: int, attempt: i
         with watch.phase("broadcast"):
             starts = federation.broadcaster.starts(state, chosen)
         dialogue = _dialogue(federation, starts, round_, attempt)
+        arriving = arrivals(federation, state, starts, round_)
         with watch.phase("train"):
-            harvest = _collect(federation, starts, chosen, dialogue, round_)
+            harvest = _collect(federation, arriving, chosen, dialogue)
         outcome = Outcome(None)
         if len(harvest.accepted) >= federation.config.rounds.min_sites:
             with watch.phase("aggregate"):
-                outcome = _aggregate(federation, state, starts, harvest.accepted)
+                outcome = _aggregate(federation, state, arriving, harvest.accepted)
     finally:
         federation.transport.close_round(round_)
     federation.recorder.record(_event(harvest, round_, attempt, chosen, watch, outcome, dialogue.bytes_down))
@@ -145,13 +147,7 @@ def _last_folded(federation: Federation, work: ClientWork) -> dict[str, int]:
     return {site: event["round"] for event in alike for site in event["participants"]}
 
 
-def _collect(
-    federation: Federation,
-    starts: Mapping[str, Start],
-    chosen: Mapping[str, Member],
-    dialogue: Dialogue,
-    round_: int,
-) -> Harvest:
+def _collect(federation: Federation, arriving: Arrivals, chosen: Mapping[str, Member], dialogue: Dialogue) -> Harvest:
     """Take replies as they come until enough are usable, all came, or the time is over.
 
     With a grace period, the time is over so many seconds after the quorum is there.
@@ -160,7 +156,7 @@ def _collect(
     deadline = Deadline(rounds.deadline_s)
     wanted = federation.strategy.sampler.num_wanted(len(federation.roster.available()) or len(chosen))
     for site, reply in dialogue.ask(chosen, deadline):
-        _take(federation, starts[site], harvest, reply, site, round_)
+        _take(federation, arriving, harvest, reply, site)
         if len(harvest.accepted) >= min(wanted, len(chosen)) < len(chosen):
             break
         if rounds.grace_s and len(harvest.accepted) >= rounds.min_sites:
@@ -174,19 +170,12 @@ def _collect(
     return harvest
 
 
-def _take(
-    federation: Federation,
-    start: Start,
-    harvest: Harvest,
-    reply: Reply,
-    site: str,
-    round_: int,
-) -> None:
+def _take(federation: Federation, arriving: Arrivals, harvest: Harvest, reply: Reply, site: str) -> None:
     try:
-        report = _checked_report(reply, site, round_)
-        check_length(start.state.layout, report.num_virtual_tokens, federation.config.adapter.min_virtual_tokens)
-        path = federation.transport.receive(round_=round_, site=site, reply=reply.envelope)
-        with _open(federation, start, path, report) as payload:
+        report = _checked_report(reply, site, arriving.round)
+        check_length(arriving.starts[site].state.layout, report.num_virtual_tokens, federation.config.adapter.min_virtual_tokens)
+        path = federation.transport.receive(round_=arriving.round, site=site, reply=reply.envelope)
+        with arriving.open(path, report) as payload:
             payload.verify()
             harvest.accepted[site] = Accepted(site, report, path, payload.num_bytes)
     except FedLLMError as error:
@@ -216,31 +205,13 @@ def _checked_report(reply: Reply, site: str, round_: int) -> TrainReport:
     return message
 
 
-def _open(federation: Federation, start: Start, path: Path, report: TrainReport) -> PayloadReader:
-    work = federation.strategy.work.at(report.round)
-    return open_payload(
-        path,
-        layout=work.chosen(work.sent(start.state.layout), report.tensors),
-        base=start.state.agreement.base,
-        max_bytes=federation.config.transport.max_update_bytes,
-        kind="update",
-        round_=report.round,
-        reference_id=start.broadcast.state_id,
-        reference=start.broadcast.arrays,
-    )
-
-
-def _sent(federation: Federation, state: RunState, round_: int) -> Layout:
-    return federation.strategy.work.at(round_).sent(state.layout)
-
-
 def _aggregate(
-    federation: Federation, state: RunState, starts: Mapping[str, Start], accepted: Mapping[str, Accepted]
+    federation: Federation, state: RunState, arriving: Arrivals, accepted: Mapping[str, Accepted]
 ) -> Outcome:
     """Move the global state of every group along its sites' updates, after finding the groups where that is due."""
     try:
-        state, found = _grouped(federation, state, starts, accepted)
-        results = [_moved(federation, branch, starts, sent) for branch, sent in by_group(state, accepted)]
+        state, found = _grouped(federation, state, arriving, accepted)
+        results = [_moved(federation, branch, arriving, sent) for branch, sent in by_group(state, accepted)]
     except UpdateError as error:
         log.warning("the updates cannot be aggregated: %s", error)
         return Outcome(None, reason=str(error))
@@ -252,23 +223,23 @@ def _aggregate(
 
 
 def _grouped(
-    federation: Federation, state: RunState, starts: Mapping[str, Start], accepted: Mapping[str, Accepted]
+    federation: Federation, state: RunState, arriving: Arrivals, accepted: Mapping[str, Accepted]
 ) -> tuple[RunState, Measurements]:
     """Return the state that the round's updates move, divided between groups if this is the round that finds them."""
-    grouping, round_ = federation.strategy.grouping, state.round + 1
-    if grouping is None or not grouping.is_due(round_):
+    grouping = federation.strategy.grouping
+    if grouping is None or not grouping.is_due(arriving.round):
         return state, {}
     with ExitStack() as opened:
         updates = {
-            site: opened.enter_context(_open(federation, starts[site], reply.payload, reply.report))
+            site: arriving.in_full(opened.enter_context(arriving.open(reply.payload, reply.report)), reply.report)
             for site, reply in accepted.items()
         }
-        groups, measured = grouping.groups(updates, _sent(federation, state, round_))
+        groups, measured = grouping.groups(updates, arriving.layout)
     return divided(state, groups), measured
 
 
 def _moved(
-    federation: Federation, state: RunState, starts: Mapping[str, Start], accepted: Mapping[str, Accepted]
+    federation: Federation, state: RunState, arriving: Arrivals, accepted: Mapping[str, Accepted]
 ) -> tuple[RunState, Measurements]:
     """Fold the updates of one group in the order of the sites' names and move its state along the result.
 
@@ -280,17 +251,16 @@ def _moved(
     if not accepted:
         received = federation.broadcaster.prepare(state).arrays
         return replace(state, round=state.round + 1, sent=received, moved=()), {}
-    received, num_sites = starts[min(accepted)].broadcast.arrays, len(federation.roster.members)
+    received, num_sites = arriving.starts[min(accepted)].broadcast.arrays, len(federation.roster.members)
     origin = Origin(state.round + 1, state.layout, state.params, received, num_sites)
-    sent = _sent(federation, state, state.round + 1)
-    aggregation = federation.strategy.aggregator.start(sent, origin)
+    aggregation = federation.strategy.aggregator.start(arriving.layout, origin)
     with ExitStack() as kept:
         for site in sorted(accepted):
             reply = accepted[site]
             weight = _weight(federation.config.strategy.weighting, reply.report)
-            payload = kept.enter_context(_spooled(federation, starts[site], reply))
-            source = in_part(payload, sent, reply.report.tensors, reply.report.num_virtual_tokens)
-            aggregation.fold(source, Contribution(site, weight, {"loss": reply.report.loss}))
+            payload = kept.enter_context(_spooled(arriving, reply))
+            contribution = Contribution(site, weight, {"loss": reply.report.loss}, arriving.ranks[site])
+            aggregation.fold(arriving.in_full(payload, reply.report), contribution)
             if not aggregation.reads_until_finish:
                 kept.close()
         delta, measured = aggregation.finish()
@@ -300,10 +270,10 @@ def _moved(
 
 
 @contextmanager
-def _spooled(federation: Federation, start: Start, reply: Accepted) -> Iterator[PayloadReader]:
+def _spooled(arriving: Arrivals, reply: Accepted) -> Iterator[PayloadReader]:
     """Open an accepted update; its file is deleted afterwards."""
     try:
-        with _open(federation, start, reply.payload, reply.report) as payload:
+        with arriving.open(reply.payload, reply.report) as payload:
             yield payload
     finally:
         reply.payload.unlink(missing_ok=True)
@@ -334,6 +304,7 @@ def _event(
         "sites": {site: _site_numbers(report) for site, report in reports.items()},
         "reason": outcome.reason,
         "update_norm": outcome.measured.get("delta_norm"),
+        "discarded_energy": outcome.measured.get("discarded_energy"),
         "measurements": dict(outcome.measured),
         "bytes_up": sum(reply.num_bytes for reply in harvest.accepted.values()),
         "bytes_down": bytes_down,

@@ -33,6 +33,15 @@ FEATURES: dict[str, Question] = {
     ),
     "strategy.aggregator other than 'mean'": lambda config: config.strategy.aggregator != "mean",
     "strategy.norm_bound": lambda config: config.strategy.norm_bound != 0,
+    "strategy.aggregator = 'median' or 'trimmed-mean'": lambda config: (
+        config.strategy.aggregator in ("median", "trimmed-mean")
+    ),
+    "adapter.min_rank": lambda config: config.adapter.min_rank > 0,
+    "a server optimizer": lambda config: (
+        (config.strategy.server_optimizer, config.strategy.server_learning_rate, config.strategy.server_momentum)
+        != ("sgd", 1.0, 0.0)
+        or config.strategy.server_anneal != "constant"
+    ),
     "rounds.fraction or rounds.over_selection": lambda config: (
         config.rounds.fraction < 1 or config.rounds.over_selection > 1
     ),
@@ -81,6 +90,21 @@ _ONE_PER_LAYER = {"an adapter.kind other than 'prefix'": "the strategy chooses a
 _ON_SOFT_PROMPTS = {"adapter.kind = 'lora'": "the strategy is about soft prompts"}
 _NO_PRODUCTS = {"strategy.robust_on = 'products'": "a soft prompt has no products"}
 
+_MEAN_OF_PRODUCTS = {
+    **_ON_FACTORS,
+    "strategy.aggregator = 'median' or 'trimmed-mean'": "the middle of products has no low rank",
+    "a server optimizer": (
+        "the strategy replaces the factors, and part of the way between two pairs of factors lies the product of neither; "
+        "leave strategy.server_* at their defaults"
+    ),
+}
+
+_ONE_RANK = {"adapter.min_rank": "turning factors mixes the components that a site trains with those that it does not"}
+_ONE_SHAPE = {
+    **_OWN_AGGREGATOR,
+    "adapter.min_rank": "control variates have one shape and one scale at all sites",
+}
+
 REFUSALS: dict[str, Mapping[str, str]] = {
     "adapter.kind = 'lora'": {},
     "adapter.kind = 'prompt'": _NO_PRODUCTS,
@@ -88,14 +112,23 @@ REFUSALS: dict[str, Mapping[str, str]] = {
     "adapter.kind = 'ptuning'": _NO_PRODUCTS,
     "strategy.name = 'clustered'": {**_IN_GROUPS, **_MEAN_OF_FACTORS, **_ON_FACTORS},
     "strategy.name = 'fedavg'": _MEAN_OF_FACTORS,
+    "strategy.name = 'fedex'": {**_MEAN_OF_PRODUCTS, **_MEAN_OF_FACTORS},
     "strategy.name = 'fedper'": {**_MEAN_OF_FACTORS, **_BY_LAYER},
     "strategy.name = 'fedpeptao'": {**_ONE_PER_LAYER, **_OWN_AGGREGATOR},
     "strategy.name = 'fedprompt'": _ON_SOFT_PROMPTS,
     "strategy.name = 'fedprox'": _MEAN_OF_FACTORS,
-    "strategy.name = 'fedrot'": {**_MEAN_OF_FACTORS, **_ON_FACTORS},
+    "strategy.name = 'fedrot'": {**_MEAN_OF_FACTORS, **_ON_FACTORS, **_ONE_RANK},
     "strategy.name = 'fedsa-lora'": {**_ONE_FACTOR, **_ON_FACTORS},
+    "strategy.name = 'fedsvd'": {**_MEAN_OF_PRODUCTS, **_ONE_FACTOR},
     "strategy.name = 'ffa-lora'": _ON_FACTORS,
+    "strategy.name = 'flexlora'": _MEAN_OF_PRODUCTS,
+    "strategy.name = 'flora'": _MEAN_OF_PRODUCTS,
+    "strategy.name = 'florist'": _MEAN_OF_PRODUCTS,
+    "strategy.name = 'hetlora'": {**_OWN_AGGREGATOR, **_ON_FACTORS},
+    "strategy.name = 'lora-fair'": {**_MEAN_OF_PRODUCTS, **_MEAN_OF_FACTORS},
     "strategy.name = 'rolora'": {**_MEAN_OF_FACTORS, **_ON_FACTORS},
+    "strategy.name = 'scaffold'": _ONE_SHAPE,
+    "strategy.name = 'zero-padding'": {**_OWN_AGGREGATOR, **_ON_FACTORS},
     "strategy.aggregator = 'mean'": {},
     "strategy.aggregator = 'median'": _BY_COORDINATE,
     "strategy.aggregator = 'trimmed-mean'": _BY_COORDINATE,
@@ -107,6 +140,8 @@ REFUSALS: dict[str, Mapping[str, str]] = {
         "rounds.fraction or rounds.over_selection": "every round needs the trusted site's update",
     },
     "strategy.norm_bound": _SEGMENT,
+    "simulation.ranks": {},
+    "simulation.alphas": {},
 }
 """Reasons by choice and feature. A strategy without a row goes with the plain mean only."""
 
@@ -154,6 +189,19 @@ _SOMEONE_TO_TRUST = Bound(
     "the rule needs a site to judge the others by",
     "Name one in strategy.trusted_site.",
 )
+_ALLOWED_RANKS = Bound(
+    lambda config: all(
+        (config.adapter.min_rank or config.adapter.rank) <= rank <= config.adapter.rank
+        for rank in config.simulation.rank_list
+    ),
+    "ranks go from adapter.min_rank, or adapter.rank where that is 0, to adapter.rank",
+    "Set adapter.min_rank to the smallest of them and adapter.rank to the largest.",
+)
+_ALLOWED_ALPHAS = Bound(
+    lambda config: config.adapter.min_rank > 0 or set(config.simulation.alpha_list) == {config.adapter.alpha},
+    "without adapter.min_rank, sites have no alpha of their own",
+    "Set adapter.min_rank.",
+)
 
 _IN_TIME = Bound(
     lambda config: config.strategy.grouping_round <= config.num_rounds,
@@ -170,11 +218,16 @@ BOUNDS: dict[str, Bound] = {
     "strategy.aggregator = 'multi-krum'": _FEW_LIARS,
     "strategy.aggregator = 'geometric-median'": _HONEST_MAJORITY,
     "strategy.aggregator = 'fltrust'": _SOMEONE_TO_TRUST,
+    "simulation.ranks": _ALLOWED_RANKS,
+    "simulation.alphas": _ALLOWED_ALPHAS,
 }
 """Conditions by choice. `rounds.min_sites` is the fewest updates that a round is aggregated with."""
 
 _NO_WEIGHTS = ("median", "trimmed-mean", "krum", "multi-krum", "fltrust")
 EFFECTS: dict[str, Question] = {
+    "adapter.min_rank": lambda config: config.adapter.kind == "lora",
+    "simulation.ranks": lambda config: config.adapter.kind == "lora",
+    "simulation.alphas": lambda config: config.adapter.kind == "lora",
     "simulation.prompt_lengths": lambda config: config.adapter.min_virtual_tokens > 0,
     "rounds.fraction": lambda config: config.rounds.sampler != "all",
     "rounds.over_selection": lambda config: config.rounds.sampler in ("uniform", "weighted"),
@@ -189,6 +242,9 @@ EFFECTS: dict[str, Question] = {
     "strategy.trusted_site": lambda config: config.strategy.aggregator == "fltrust",
     "strategy.robust_on": lambda config: config.strategy.aggregator != "mean" or config.strategy.norm_bound != 0,
     "strategy.weighting": lambda config: config.strategy.aggregator not in _NO_WEIGHTS,
+    "strategy.energy_threshold": lambda config: config.strategy.name == "florist",
+    "strategy.lossless": lambda config: config.strategy.name == "florist",
+    "strategy.ridge": lambda config: config.strategy.name == "lora-fair",
     "simulation.attack_strength": lambda config: config.simulation.attack != "none",
     "simulation.backdoor_trigger": lambda config: config.simulation.attack == "backdoor",
     "simulation.backdoor_target": lambda config: config.simulation.attack == "backdoor",
@@ -247,6 +303,10 @@ def _choices(config: RunConfig) -> Iterator[str]:
     yield f"strategy.aggregator = {config.strategy.aggregator!r}"
     if config.strategy.norm_bound != 0:
         yield "strategy.norm_bound"
+    if config.simulation.ranks and config.adapter.kind == "lora":
+        yield "simulation.ranks"
+    if config.simulation.alphas and config.adapter.kind == "lora":
+        yield "simulation.alphas"
 
 
 def _uplink_has(config: RunConfig, stage: str) -> bool:

@@ -22,4 +22,4 @@ from strategies.works import Always
 
 def ffa_lora(config: RunConfig) -> Strategy:
     """Choose FedAvg's slots with B alone trained."""
-    return replace(fedavg(config), name="ffa-lora", work=Always(ClientWork(trainable=("lora_B",))))
+    return replace(fedavg(config), name="ffa-lora", work=Always(ClientWork(trainable=("lora_B",))), is_exact=True)

@@ -12,13 +12,20 @@ from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, explain
 from strategies.clustered import clustered
 from strategies.fedavg import fedavg
+from strategies.fedex import fedex
 from strategies.fedpeptao import fedpeptao
 from strategies.fedper import fedper
 from strategies.fedprompt import fedprompt
 from strategies.fedprox import fedprox
 from strategies.fedrot import fedrot
 from strategies.fedsa_lora import fedsa_lora
+from strategies.fedsvd import fedsvd
 from strategies.ffa_lora import ffa_lora
+from strategies.flexlora import flexlora
+from strategies.flora import flora
+from strategies.florist import florist
+from strategies.hetlora import hetlora, zero_padding
+from strategies.lora_fair import lora_fair
 from strategies.rolora import rolora
 from strategies.scaffold import scaffold
 from strategies.slots import Strategy
@@ -28,15 +35,23 @@ Recipe = Callable[[RunConfig], Strategy]
 RECIPES: dict[str, Recipe] = {
     "clustered": clustered,
     "fedavg": fedavg,
+    "fedex": fedex,
     "fedper": fedper,
     "fedpeptao": fedpeptao,
     "fedprompt": fedprompt,
     "fedprox": fedprox,
     "fedrot": fedrot,
     "fedsa-lora": fedsa_lora,
+    "fedsvd": fedsvd,
     "ffa-lora": ffa_lora,
+    "flexlora": flexlora,
+    "flora": flora,
+    "florist": florist,
+    "hetlora": hetlora,
+    "lora-fair": lora_fair,
     "rolora": rolora,
     "scaffold": scaffold,
+    "zero-padding": zero_padding,
 }
 
 

@@ -23,4 +23,4 @@ from strategies.works import InTurn
 def rolora(config: RunConfig) -> Strategy:
     """Choose FedAvg's slots with B and A trained in turn."""
     works = (ClientWork(trainable=("lora_B",)), ClientWork(trainable=("lora_A",)))
-    return replace(fedavg(config), name="rolora", work=InTurn(works))
+    return replace(fedavg(config), name="rolora", work=InTurn(works), is_exact=True)

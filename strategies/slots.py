@@ -204,6 +204,9 @@ class Strategy:
     Attributes:
         grouping: Divides the sites into groups with a global adapter each; None leaves all together. The other slots then
             work in each group by itself.
+        side_rank: Rank of the side factors that the global state needs (:mod:`fedllm.lora.pairs`), 0 for none.
+        is_exact: With the plain server optimizer, what sites apply after a round is the weighted mean of what they
+            applied at its end, scales inside, as far as side factors hold it. A contract test holds strategies to it.
     """
 
     name: str
@@ -212,3 +215,5 @@ class Strategy:
     aggregator: Aggregator
     optimizer: ServerOptimizer
     grouping: Grouping | None = None
+    side_rank: int = 0
+    is_exact: bool = False

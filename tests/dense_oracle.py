@@ -59,3 +59,10 @@ def drifted_sites(
         )
         for rank in ranks
     ]
+
+
+def padded(site: SiteFactors, rank: int) -> SiteFactors:
+    """Return factors filled up with zeros to a rank; the product stays the same."""
+    missing = rank - site.b.shape[1]
+    b, a = np.pad(site.b, ((0, 0), (0, missing))), np.pad(site.a, ((0, missing), (0, 0)))
+    return SiteFactors(site.weight, site.scale, b, a)

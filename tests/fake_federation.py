@@ -323,6 +323,7 @@ class LocalSite(QuadraticSite):
             state_dir=self.folder,
             adapter=LAYOUT,
             first_values=first_values,
+            rank=2,
             base=self.agreement.base,
             owner=None,
         )

@@ -37,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     folder = find_run(arguments.run, arguments.home)
     manifest = Manifest.read(folder.manifest)
-    adapter = None if arguments.base else _adapter_folder(folder, best=arguments.best)
+    adapter = None if arguments.base else adapter_folder(folder, best=arguments.best)
     limit = arguments.max_new_tokens or manifest.run_config.evaluation.max_new_tokens
     answer = _load(folder, manifest, adapter, limit, arguments.device)
     for prompt in _prompts(arguments.prompt):
@@ -48,7 +48,12 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _adapter_folder(folder: RunFolder, *, best: bool) -> Path:
+def adapter_folder(folder: RunFolder, *, best: bool) -> Path:
+    """Return where a run's final or best adapter is.
+
+    Raises:
+        CheckpointError: There is none yet.
+    """
     path = folder.best if best else folder.adapter
     if not path.is_dir():
         known = [f"--{other.name}" for other in (folder.best,) if other.is_dir() and not best]
@@ -72,8 +77,8 @@ def _load(folder: RunFolder, manifest: Manifest, adapter: Path | None, limit: in
     if sys.stderr.isatty():
         print("loading the base; quantizing it the first time takes a minute ...", file=sys.stderr)
     base = load_base(spec.base, home=folder.path.parents[1], cache_dir=default_cache_dir(), device=device)
-    _check_base(manifest, base.fingerprint)
-    model = attach_adapter(base, served_as(spec.adapter))
+    check_base(manifest, base.fingerprint)
+    model = attach_adapter(base, served_as(spec.adapter, adapter))
     if adapter is not None:
         layout = layout_of(model)
         write_adapter(model, layout, imported(load_peft_adapter(adapter), layout))
@@ -86,7 +91,12 @@ def _load(folder: RunFolder, manifest: Manifest, adapter: Path | None, limit: in
     return ask
 
 
-def _check_base(manifest: Manifest, found: str) -> None:
+def check_base(manifest: Manifest, found: str) -> None:
+    """Refuse a base that is not the one of the run.
+
+    Raises:
+        AgreementError: Its fingerprint is another one.
+    """
     if manifest.base_fingerprint and found != manifest.base_fingerprint:
         fix = "Point the run's base to the files that it was trained on."
         expected = manifest.base_fingerprint

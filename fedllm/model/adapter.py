@@ -45,7 +45,7 @@ def attach_adapter(base: LoadedBase, adapter: AdapterSpec) -> PeftModel:
     if slot.adapter != adapter or slot.model is None:
         if isinstance(adapter, PrefixSpec) and base.spec.gradient_checkpointing:
             raise ModelError(explain("gradient checkpointing cannot recompute a prefix", fix="Turn one of them off."))
-        _detach(base)
+        detach_adapter(base)
         slot.model, slot.adapter = _wrap(base.model, adapter), adapter
         if base.spec.gradient_checkpointing:
             # Without re-entrance the inputs need no gradient, and the first layers no backward pass.
@@ -56,6 +56,14 @@ def attach_adapter(base: LoadedBase, adapter: AdapterSpec) -> PeftModel:
     write_adapter(slot.model, layout, first_values(base, adapter, layout, seed=0))
     slot.model.eval()
     return slot.model
+
+
+def detach_adapter(base: LoadedBase) -> None:
+    """Take the adapter off a base that carries one."""
+    if base.attached.model is not None:
+        if not prompts.is_soft_prompt(base.attached.model):  # which leaves the base as it is
+            base.attached.model.unload()
+        base.attached.model = base.attached.adapter = None
 
 
 def first_values(base: LoadedBase, adapter: AdapterSpec, layout: Layout, seed: int) -> Arrays:
@@ -104,12 +112,17 @@ def write_adapter(model: PeftModel, layout: Layout, arrays: Arrays) -> None:
 
 @contextlib.contextmanager
 def only_trainable(model: PeftModel, part: Layout) -> Iterator[dict[str, torch.nn.Parameter]]:
-    """Let gradients reach these tensors of the adapter only, and yield their parameters; afterwards all of them again."""
+    """Let gradients reach these tensors of the adapter only, and yield their parameters; afterwards all of them again.
+
+    All else is frozen by hand: where an adapter was switched off and on, PEFT takes every active one for trainable.
+    """
     parameters = dict(_parameters(model))
+    wanted = {name: parameters[name] for name in part.names}
     try:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in part)
-        yield {name: parameters[name] for name in part.names}
+        model.requires_grad_(False)
+        for parameter in wanted.values():
+            parameter.requires_grad_(True)
+        yield wanted
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -122,13 +135,6 @@ def adapter_target_modules(model: PeftModel) -> list[str]:
     config: Any = model.peft_config[_ADAPTER]
     targets = config.target_modules
     return [targets] if isinstance(targets, str) else sorted(targets)
-
-
-def _detach(base: LoadedBase) -> None:
-    if base.attached.model is not None:
-        if not prompts.is_soft_prompt(base.attached.model):  # which leaves the base as it is
-            base.attached.model.unload()
-        base.attached.model = base.attached.adapter = None
 
 
 def _wrap(model: PreTrainedModel, adapter: AdapterSpec) -> PeftModel:
@@ -207,7 +213,7 @@ def _parameters(model: PeftModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
         yield from prompts.parameters(model)
         return
     for name, parameter in model.named_parameters():
-        if "lora_" in name:  # PEFT's files leave the adapter's own name out
+        if "lora_" in name and f".{_ADAPTER}." in name:  # PEFT's files leave the adapter's own name out
             yield name.replace(f".{_ADAPTER}.", "."), parameter
 
 

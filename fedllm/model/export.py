@@ -1,7 +1,8 @@
 """A trained adapter as a folder that PEFT loads: `adapter_config.json` and `adapter_model.safetensors`.
 
-The folder is what users take away, and PEFT reads it without fedllm: ``PeftModel.from_pretrained(base, folder)``. Each of
-its two files is replaced whole, the config first, so a reader never meets weights without their scale.
+The folder is what users take away, and PEFT reads it without fedllm: ``PeftModel.from_pretrained(base, folder)``. An
+adapter with side factors becomes one of a larger rank and scale 1 (:mod:`fedllm.lora.joined`). Each of the folder's two
+files is replaced whole, the config first, so a reader never meets weights without their scale.
 
 LoRA's factors are saved under the names of the layout. A soft prompt is one tensor in PEFT's files; of P-tuning that is the
 prompt which its network computes, so what was trained as P-tuning is read back as a prompt (:func:`served_as`).
@@ -18,6 +19,7 @@ from safetensors.numpy import load, save
 
 from fedllm.errors import ModelError, explain
 from fedllm.files import atomic_write
+from fedllm.lora.joined import joined
 from fedllm.model.prompts.tensors import EXPORTED, exported
 from fedllm.model.spec import AdapterSpec, LoraSpec, ModelSpec, PromptSpec, PtuningSpec, SoftPromptSpec, common_part
 from fedllm.update import Arrays, Layout, check_arrays, taken
@@ -52,7 +54,8 @@ def save_peft_adapter(
     """
     check_arrays(arrays, layout, f"the adapter for {folder}")
     if isinstance(spec.adapter, LoraSpec):
-        tensors, config = taken(arrays, layout), _lora_config(spec.adapter, target_modules)
+        adapter, layout, arrays = joined(spec.adapter, layout, arrays)
+        tensors, config = taken(arrays, layout), _lora_config(adapter, target_modules)
     else:
         tensors = {EXPORTED: exported(arrays, layout)}
         config = _soft_prompt_config(spec.adapter, len(tensors[EXPORTED]))
@@ -64,11 +67,30 @@ def save_peft_adapter(
     atomic_write(folder / WEIGHTS_FILE, weights)
 
 
-def served_as(adapter: AdapterSpec) -> AdapterSpec:
-    """Return what an exported global adapter is read back as: P-tuning as the prompt that it computed."""
+def served_as(adapter: AdapterSpec, folder: Path | None = None) -> AdapterSpec:
+    """Return what an exported global adapter is read back as: P-tuning as the prompt that it computed, LoRA at its rank.
+
+    Args:
+        adapter: What was trained.
+        folder: Where it was exported to, None where none is read.
+
+    Raises:
+        ModelError: The folder's config cannot be read.
+    """
     if isinstance(adapter, PtuningSpec):
         return PromptSpec(num_virtual_tokens=adapter.num_virtual_tokens)
-    return common_part(adapter)
+    return _as_exported(adapter, folder) if isinstance(adapter, LoraSpec) and folder else common_part(adapter)
+
+
+def _as_exported(adapter: LoraSpec, folder: Path) -> LoraSpec:
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text())
+        scale = {"rank": int(config["r"]), "alpha": float(config["lora_alpha"]), "rslora": bool(config["use_rslora"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ModelError(explain("an adapter's config cannot be read", found=found, where=path)) from error
+    return adapter.model_copy(update={**scale, "min_rank": 0, "side_rank": 0})
 
 
 def load_peft_adapter(folder: Path) -> Arrays:

@@ -90,6 +90,8 @@ def _small(spec: TensorSpec, draw: np.random.Generator) -> NDArray[np.float32]:
 _RULES: dict[tuple[str, int], Rule] = {
     ("lora_A", 2): _uniform,
     ("lora_B", 2): _zeros,
+    ("side_A", 2): _zeros,
+    ("side_B", 2): _zeros,
     ("prefix", 2): _small,
     ("personal_prefix", 2): _small,
     ("encoder_input", 2): _normal,

@@ -7,6 +7,7 @@ with the fingerprints of what it really holds; training starts only where they a
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from typing import Annotated, Literal, Self
 
@@ -72,6 +73,25 @@ class LoraSettings(Section):
 
     target_modules: str = "auto"
     """Modules that LoRA adapts: `auto` (PEFT's choice for the architecture), `all-linear`, or names separated by commas."""
+
+    min_rank: int = Field(0, ge=0, le=1024)
+    """Smallest rank that a site may choose for what it trains, `rank` being the largest; with one, it may choose its own
+    alpha too. 0 leaves no choice."""
+
+    side_rank: int = Field(0, ge=0, le=1024)
+    """Rank of the frozen side factors of strategies that keep what does not fit into the adapter (`flora`, `fedex`,
+    `florist`); 0 takes 8 times `rank` for those. Refused for the others, which have none."""
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        if self.min_rank > self.rank:
+            raise ValueError("adapter.min_rank is larger than adapter.rank")
+        return self
+
+    @property
+    def scale(self) -> float:
+        """What `B A` is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class VirtualTokenSettings(Section):

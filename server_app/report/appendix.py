@@ -20,6 +20,8 @@ _TERMS = {
     "Local only": "each site trained alone from the same start for as many steps as in the federation.",
     "Federated": "the global adapter after the last evaluated round.",
     "Update norm": "Euclidean length of the aggregated update.",
+    "Energy that did not fit": "share of the squared length of the sites' mean product which the next adapter lacks, where "
+    "products are averaged; its root is the round's relative error.",
 }
 
 

@@ -12,6 +12,7 @@ from server_app.report.markup import Markup, el, join
 from server_app.report.material import NONE, Material, loss_text, plural
 from server_app.report.scales import byte_unit, time_unit
 from server_app.results import Results, natural
+from server_app.story import LEAST_TOLD
 
 _COLOURS = ("s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8")
 _OTHER = "other"
@@ -132,6 +133,8 @@ def _row(attempt: Round) -> Markup:
     label = f"{attempt.round}, attempt {attempt.attempt}" if in_vain or attempt.attempt > 1 else str(attempt.round)
     notes = [el("div", "No quorum: nothing changed.", class_="change bad")] if in_vain else []
     notes += [el("div", el("b", part.site), f": {part.reason}") for part in attempt.rejected]
+    if (attempt.discarded_energy or 0) >= LEAST_TOLD:
+        notes.append(el("div", f"{attempt.discarded_energy:.2%} of the mean product's energy did not fit."))
     norm = NONE if in_vain or attempt.update_norm is None else f"{attempt.update_norm:.3g}"
     learned = (NONE if in_vain else loss_text(attempt.train_loss), norm)
     amounts = (*learned, human_bytes(attempt.bytes_up), human_seconds(attempt.seconds))

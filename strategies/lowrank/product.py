@@ -50,7 +50,7 @@ class Product:
         """Frobenius norm, as `sqrt(tr((L^T L)(R R^T)))`.
 
         It squares what it sums, so where terms of a sum cancel, half of the digits are lost;
-        :attr:`strategies.lowrank.spectrum.Spectrum.norm` does not.
+        :func:`strategies.lowrank.spectrum.norm_of` does not.
         """
         return float(np.sqrt(max(0.0, np.sum((self.left.T @ self.left) * (self.right @ self.right.T)))))
 

@@ -63,6 +63,12 @@ class Spectrum:
         return Product(self.left[:, start:stop] * root, root[:, None] * self.right[start:stop])
 
 
+def norm_of(term: Product) -> float:
+    """Return a product's Frobenius norm without a decomposition, to full precision also where terms cancel."""
+    core_left, core_right = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (term.left, term.right.T))
+    return float(np.linalg.norm(core_left @ core_right.T))
+
+
 def spectrum(term: Product) -> Spectrum:
     """Decompose a product."""
     basis_left, core_left = np.linalg.qr(term.left)  # [O, m], [m, R] with m = min(O, R)

@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm import rng
-from strategies.lowrank.padding import pad
 from strategies.lowrank.product import Product, difference, nothing, product, total
-from strategies.lowrank.spectrum import recompress, spectrum
+from strategies.lowrank.spectrum import norm_of, recompress, spectrum
 
 SIZES = st.integers(1, 12)
 SEEDS = st.integers(0, 10_000)
@@ -51,19 +50,19 @@ def test_recompression_keeps_what_fits_and_accounts_for_the_rest(
 
 
 @given(SEEDS, SIZES, SIZES, st.integers(1, 15), st.floats(1e-6, 1e6))
-def test_both_measures_of_a_norm_are_the_dense_norm(
+def test_every_measure_of_a_norm_is_the_dense_norm(
     seed: int, num_out: int, num_in: int, rank: int, magnitude: float
 ) -> None:
     term = drawn(seed, num_out, num_in, rank, magnitude)
     expected = float(np.linalg.norm(dense(term)))
-    np.testing.assert_allclose([term.norm, spectrum(term).norm], expected, rtol=1e-9)
+    np.testing.assert_allclose([term.norm, spectrum(term).norm, norm_of(term)], expected, rtol=1e-9)
 
 
 @given(SEEDS, SIZES, SIZES, st.integers(1, 15))
 def test_a_product_minus_itself_is_nothing(seed: int, num_out: int, num_in: int, rank: int) -> None:
     term = drawn(seed, num_out, num_in, rank)
     gone = spectrum(difference(term, term))
-    assert gone.norm <= 1e-13 * (1 + term.norm)
+    assert max(gone.norm, norm_of(difference(term, term))) <= 1e-13 * (1 + term.norm)
     assert spectrum(nothing((num_out, num_in))).rank == 0
 
 
@@ -77,14 +76,6 @@ def test_a_threshold_is_met_by_its_rank_and_not_by_one_less(
     assert 1 - whole.discarded(found) >= threshold - 1e-12
     if found > 1:
         assert 1 - whole.discarded(found - 1) < threshold
-
-
-@given(SEEDS, SIZES, SIZES, st.integers(0, 9), st.integers(0, 9))
-def test_padding_leaves_the_product_as_it_is(seed: int, num_out: int, num_in: int, rank: int, extra: int) -> None:
-    term = drawn(seed, num_out, num_in, rank)
-    b, a = pad(term.left, term.right, rank + extra)
-    assert (b.shape[1], a.shape[0]) == (rank + extra, rank + extra)
-    np.testing.assert_allclose(b @ a, dense(term), atol=1e-12)
 
 
 @given(SEEDS, SIZES, SIZES, st.integers(0, 15))

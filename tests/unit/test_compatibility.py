@@ -55,6 +55,14 @@ def test_no_rule_compares_different_parts_of_updates(rule: str) -> None:
             {"strategy.aggregator": "fltrust", "strategy.trusted_site": "a", "rounds.fraction": 0.5},
             "every round needs the trusted site",
         ),
+        ({"strategy.name": "scaffold", "adapter.min_rank": 2}, "one shape and one scale at all sites"),
+        ({"strategy.name": "fedrot", "adapter.min_rank": 2}, "turning factors mixes the components"),
+        ({"strategy.name": "fedex", "adapter.kind": "prompt"}, "about LoRA's two factors"),
+        ({"strategy.name": "hetlora", "strategy.aggregator": "multi-krum"}, "chooses its own aggregator"),
+        ({"strategy.name": "flora", "strategy.aggregator": "median"}, "the middle of products has no low rank"),
+        ({"simulation.ranks": "4,8"}, "Set adapter.min_rank to the smallest"),
+        ({"simulation.ranks": "4,9", "adapter.min_rank": 4}, "adapter.rank to the largest"),
+        ({"simulation.alphas": "4,8"}, "no alpha of their own"),
         ({"strategy.name": "fedprompt"}, "'fedprompt' cannot be combined with adapter.kind = 'lora'"),
         ({"strategy.name": "rolora", "adapter.kind": "prefix"}, "about LoRA's two factors"),
         ({"strategy.name": "ffa-lora", "adapter.kind": "prompt"}, "about LoRA's two factors"),
@@ -92,6 +100,26 @@ def test_products_are_judged_where_they_are_averaged_or_one_is_taken_whole() -> 
         check({**products, **settings, "strategy.name": "ffa-lora"})
 
 
+@pytest.mark.parametrize("name", ["fedex", "lora-fair"])
+def test_what_goes_on_from_the_mean_factors_is_judged_on_factors(name: str) -> None:
+    """An update that changes no product but ruins the mean factors passes a rule on products."""
+    ruled = {**ENOUGH, "strategy.name": name, "strategy.aggregator": "multi-krum"}
+    check(ruled)
+    with pytest.raises(ConfigError, match=r"averages factors.*ruin the mean"):
+        check({**ruled, "strategy.robust_on": "products"})
+    check({**ruled, "strategy.aggregator": "krum", "strategy.robust_on": "products"})
+
+
+@pytest.mark.parametrize("name", ["flora", "florist", "flexlora"])
+def test_what_averages_products_may_judge_them(name: str) -> None:
+    check({**ENOUGH, "strategy.name": name, "strategy.aggregator": "multi-krum", "strategy.robust_on": "products"})
+
+
+def test_simulated_ranks_and_alphas_are_within_the_bounds() -> None:
+    check({"adapter.min_rank": 2, "simulation.ranks": "2,8", "simulation.alphas": "4,16"})
+    check({"simulation.ranks": "8", "simulation.alphas": "16"})
+
+
 def test_all_problems_are_named_at_once() -> None:
     settings = {"strategy.aggregator": "median", "strategy.robust_on": "products", "strategy.byzantine_sites": 1}
     with pytest.raises(ConfigError, match=r"no verdict.*more than half"):
@@ -111,7 +139,8 @@ def test_the_table_names_only_what_there_is() -> None:
     names = {f"strategy.name = {name!r}" for name in RECIPES}
     aggregators = {f"strategy.aggregator = {name!r}" for name in ["mean", *SITE_RULES, *COORDINATE_RULES]}
     adapters = {f"adapter.kind = {kind!r}" for kind in get_args(AdapterKind)}
-    assert set(REFUSALS) <= names | aggregators | adapters | {"strategy.norm_bound"}
+    others = {"strategy.norm_bound", "simulation.ranks", "simulation.alphas"}
+    assert set(REFUSALS) <= names | aggregators | adapters | others
     assert aggregators | adapters <= set(REFUSALS)
     assert set(BOUNDS) <= set(REFUSALS)
     assert {feature for row in REFUSALS.values() for feature in row} <= set(FEATURES)

@@ -121,3 +121,10 @@ def test_what_sites_send_cannot_steer_the_terminal_or_forge_a_line(name: str, re
     for line in lines_of(events):
         assert line == "" or clean(line).split() == line.split()
         assert not re.match("round 9/9", line)
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.0123, True), (1e-9, False), (None, False)])
+def test_energy_that_did_not_fit_is_told_unless_it_is_rounding(share: float | None, told: bool) -> None:
+    event = {"event": "round", "round": 1, "participants": ["a"], "discarded_energy": share}
+    (lines,) = [lines for _, lines in story_of([event])]
+    assert any("1.23% discarded" in line for line in lines) == told

@@ -1,0 +1,33 @@
+"""Averages of factors padded with zeros: HetLoRA, and the plain rule that it improves on.
+
+Cho et al., EMNLP 2024 (arXiv 2401.06432). Sites of smaller rank apply and train their own components only. Baselines for
+the strategies that average products: see :mod:`strategies.lowrank.padded` for the error and for where we differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedllm.config import RunConfig
+from fedllm.work import ClientWork
+from strategies.fedavg import fedavg
+from strategies.lowrank.padded import PaddedMean, Weighting
+from strategies.lowrank.recipe import require_lora
+from strategies.slots import Strategy
+from strategies.works import Always
+
+
+def hetlora(config: RunConfig) -> Strategy:
+    """Choose HetLoRA's four slots: sites are weighted by the norm of what they apply."""
+    return _padded(config, "hetlora", "norm")
+
+
+def zero_padding(config: RunConfig) -> Strategy:
+    """Choose the plain rule's four slots: sites have their usual weights."""
+    return _padded(config, "zero-padding", "contribution")
+
+
+def _padded(config: RunConfig, name: str, weighting: Weighting) -> Strategy:
+    adapter = require_lora(config)
+    work = ClientWork(trainable=("lora_A", "lora_B"), truncates=True)
+    return replace(fedavg(config), name=name, work=Always(work), aggregator=PaddedMean(weighting, adapter.scale))

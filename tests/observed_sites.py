@@ -1,0 +1,72 @@
+"""Real sites that note what their models apply, multiplied out from PEFT's own layers in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Message as FlowerMessage
+from peft.tuners.lora import LoraLayer
+
+from client_app.workplace import open_workplace
+from fedllm.messages import Failure, Instruction, TrainReport
+from fedllm.model.build import cached_base
+from fedllm.records import from_records
+from tests.dense_oracle import Dense
+from tests.site_handlers import real_site
+
+Update = dict[str, Dense]
+"""What a model applies beside its base, [O, I] by layer."""
+
+
+@dataclass
+class ObservedSite:
+    """One site of several.
+
+    Attributes:
+        node_config: As a SuperNode has it.
+        trained: What it applied at the end of each round's training, with its number of examples.
+        evaluated: What it applied when it evaluated the state after each round.
+        failures: What it could not do.
+    """
+
+    node_config: Mapping[str, object]
+    trained: dict[int, tuple[float, Update]] = field(default_factory=dict)
+    evaluated: dict[int, Update] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+
+    def __call__(self, message: FlowerMessage) -> FlowerMessage:
+        """Let the site answer, and look at its model."""
+        answer = real_site(self.node_config)(message)
+        [instruction, _], [reply, _] = (from_records(one.content, "test") for one in (message, answer))
+        assert isinstance(instruction, Instruction)
+        if isinstance(reply, Failure):
+            self.failures.append(reply)
+        elif isinstance(reply, TrainReport):
+            self.trained[reply.round] = float(reply.num_examples), self._applied(instruction)
+        elif reply.kind == "evaluated":
+            self.evaluated[reply.round] = self._applied(instruction)
+        return answer
+
+    def _applied(self, instruction: Instruction) -> Update:
+        place, spec = open_workplace(self.node_config, instruction), instruction.read_config().model
+        model = cached_base(spec, home=place.home, cache_dir=place.cache_dir, device=place.device).attached.model
+        assert model is not None
+        return {name: _product(module) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def observed_sites(count: int = 3) -> dict[int, ObservedSite]:
+    """Return sites as Flower's simulation has them."""
+    return {100 + index: ObservedSite({"partition-id": index, "num-partitions": count}) for index in range(count)}
+
+
+def _product(layer: Any) -> Dense:
+    terms = [
+        layer.scaling[name]
+        * layer.lora_B[name].weight.detach().double().numpy()
+        @ layer.lora_A[name].weight.detach().double().numpy()
+        for name in layer.active_adapters
+    ]
+    return np.asarray(sum(terms))
