@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fedllm.cli import config, generate, report, runs
+from fedllm.cli import config, generate, merge, report, runs
 from fedllm.cli.command import Command, Group, add_commands
 from fedllm.cli.provision import group as provision
 from fedllm.cli.site import group as site
@@ -23,6 +23,7 @@ COMMANDS: tuple[Command | Group, ...] = (
     report.COMMAND,
     config.COMMAND,
     generate.COMMAND,
+    merge.COMMAND,
     provision.GROUP,
     site.GROUP,
 )

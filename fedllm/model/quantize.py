@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -94,6 +94,16 @@ def assemble(
         _place(model, name, tensor, dtype, device)
     _finish(model, device)
     return model
+
+
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """Return the weight [O, I] that a linear layer computes with, in float32: what it holds, not what was quantized."""
+    weight: Any = layer.weight
+    if isinstance(layer, Linear4bit):
+        return torch.as_tensor(dequantize_4bit(weight.data, weight.quant_state)).float()
+    if isinstance(layer, Int8Linear):
+        return torch.as_tensor(weight.data.float() * (weight.SCB / 127)[:, None])
+    return torch.as_tensor(weight.data).float()
 
 
 def _without_twins(tensors: Mapping[str, torch.Tensor]) -> Tensors:
