@@ -90,24 +90,25 @@ def run_federation(
 
 def _start(home: Path, config: RunConfig) -> tuple[RunFolder, RunConfig, None]:
     check_compatibility(config)
-    config = with_side_rank(config, build_strategy(config))
+    config = with_needs(config, build_strategy(config))
     folder = RunFolder.create(home, config.name or _new_name(config))
     return folder, config, None
 
 
-def with_side_rank(config: RunConfig, strategy: Strategy) -> RunConfig:
-    """Return the config with the rank of the side factors that the strategy needs, which sites read there.
+def with_needs(config: RunConfig, strategy: Strategy) -> RunConfig:
+    """Return the config with what the strategy needs of the adapter, side factors or heads, which sites read there.
 
     Raises:
-        ConfigError: A rank is given for a strategy without side factors.
+        ConfigError: Something is asked for that the strategy does not have.
     """
-    given = config.adapter.side_rank
-    if given and not strategy.side_rank:
-        fix = "Remove it, or choose a strategy that has side factors."
-        raise ConfigError(
-            explain(f"adapter.side_rank has no effect with strategy {strategy.name!r}", found=given, fix=fix)
-        )
-    return config.model_copy(update={"adapter": config.adapter.model_copy(update={"side_rank": strategy.side_rank})})
+    needs = {"side_rank": strategy.side_rank, "num_heads": strategy.num_heads}
+    for key, needed in needs.items():
+        given = getattr(config.adapter, key)
+        if given not in (0, needed):
+            fix = "Remove it, or choose another strategy."
+            problem = f"adapter.{key} has no effect with strategy {strategy.name!r}"
+            raise ConfigError(explain(problem, expected=needed, found=given, fix=fix))
+    return config.model_copy(update={"adapter": config.adapter.model_copy(update=needs)})
 
 
 def _new_name(config: RunConfig) -> str:

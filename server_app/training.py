@@ -173,7 +173,8 @@ def _collect(federation: Federation, arriving: Arrivals, chosen: Mapping[str, Me
 def _take(federation: Federation, arriving: Arrivals, harvest: Harvest, reply: Reply, site: str) -> None:
     try:
         report = _checked_report(reply, site, arriving.round)
-        check_length(arriving.starts[site].state.layout, report.num_virtual_tokens, federation.config.adapter.min_virtual_tokens)
+        adapter, fewest = arriving.starts[site].state.layout, federation.config.adapter.min_virtual_tokens
+        check_length(adapter, report.num_virtual_tokens, fewest)
         path = federation.transport.receive(round_=arriving.round, site=site, reply=reply.envelope)
         with arriving.open(path, report) as payload:
             payload.verify()

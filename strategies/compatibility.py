@@ -93,12 +93,14 @@ _NO_PRODUCTS = {"strategy.robust_on = 'products'": "a soft prompt has no product
 _MEAN_OF_PRODUCTS = {
     **_ON_FACTORS,
     "strategy.aggregator = 'median' or 'trimmed-mean'": "the middle of products has no low rank",
+    "transport.uplink with segment": "sites send different parts of their factors, and a product needs both",
     "a server optimizer": (
         "the strategy replaces the factors, and part of the way between two pairs of factors lies the product of neither; "
         "leave strategy.server_* at their defaults"
     ),
 }
 
+_ONE_SIZE = {"adapter.min_rank": "the matrix between the factors has one size at all sites"}
 _ONE_RANK = {"adapter.min_rank": "turning factors mixes the components that a site trains with those that it does not"}
 _ONE_SHAPE = {
     **_OWN_AGGREGATOR,
@@ -111,6 +113,7 @@ REFUSALS: dict[str, Mapping[str, str]] = {
     "adapter.kind = 'prefix'": _NO_PRODUCTS,
     "adapter.kind = 'ptuning'": _NO_PRODUCTS,
     "strategy.name = 'clustered'": {**_IN_GROUPS, **_MEAN_OF_FACTORS, **_ON_FACTORS},
+    "strategy.name = 'fed-sb'": {**_MEAN_OF_PRODUCTS, **_ONE_FACTOR, **_ONE_SIZE},
     "strategy.name = 'fedavg'": _MEAN_OF_FACTORS,
     "strategy.name = 'fedex'": {**_MEAN_OF_PRODUCTS, **_MEAN_OF_FACTORS},
     "strategy.name = 'fedper'": {**_MEAN_OF_FACTORS, **_BY_LAYER},
@@ -126,6 +129,7 @@ REFUSALS: dict[str, Mapping[str, str]] = {
     "strategy.name = 'florist'": _MEAN_OF_PRODUCTS,
     "strategy.name = 'hetlora'": {**_OWN_AGGREGATOR, **_ON_FACTORS},
     "strategy.name = 'lora-fair'": {**_MEAN_OF_PRODUCTS, **_MEAN_OF_FACTORS},
+    "strategy.name = 'ravan'": {**_ONE_FACTOR, **_ON_FACTORS, **_ONE_SIZE},
     "strategy.name = 'rolora'": {**_MEAN_OF_FACTORS, **_ON_FACTORS},
     "strategy.name = 'scaffold'": _ONE_SHAPE,
     "strategy.name = 'zero-padding'": {**_OWN_AGGREGATOR, **_ON_FACTORS},

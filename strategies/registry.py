@@ -11,6 +11,7 @@ from collections.abc import Callable
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, explain
 from strategies.clustered import clustered
+from strategies.fed_sb import fed_sb
 from strategies.fedavg import fedavg
 from strategies.fedex import fedex
 from strategies.fedpeptao import fedpeptao
@@ -26,6 +27,7 @@ from strategies.flora import flora
 from strategies.florist import florist
 from strategies.hetlora import hetlora, zero_padding
 from strategies.lora_fair import lora_fair
+from strategies.ravan import ravan
 from strategies.rolora import rolora
 from strategies.scaffold import scaffold
 from strategies.slots import Strategy
@@ -34,6 +36,7 @@ Recipe = Callable[[RunConfig], Strategy]
 
 RECIPES: dict[str, Recipe] = {
     "clustered": clustered,
+    "fed-sb": fed_sb,
     "fedavg": fedavg,
     "fedex": fedex,
     "fedper": fedper,
@@ -49,6 +52,7 @@ RECIPES: dict[str, Recipe] = {
     "florist": florist,
     "hetlora": hetlora,
     "lora-fair": lora_fair,
+    "ravan": ravan,
     "rolora": rolora,
     "scaffold": scaffold,
     "zero-padding": zero_padding,

@@ -205,6 +205,7 @@ class Strategy:
         grouping: Divides the sites into groups with a global adapter each; None leaves all together. The other slots then
             work in each group by itself.
         side_rank: Rank of the side factors that the global state needs (:mod:`fedllm.lora.pairs`), 0 for none.
+        num_heads: Matrices between the factors that it needs (:mod:`fedllm.lora.heads`), 0 for none.
         is_exact: With the plain server optimizer, what sites apply after a round is the weighted mean of what they
             applied at its end, scales inside, as far as side factors hold it. A contract test holds strategies to it.
     """
@@ -216,4 +217,5 @@ class Strategy:
     optimizer: ServerOptimizer
     grouping: Grouping | None = None
     side_rank: int = 0
+    num_heads: int = 0
     is_exact: bool = False

@@ -27,3 +27,15 @@ class InTurn:
     def at(self, round_: int) -> ClientWork:
         """Return the work whose turn it is."""
         return self.works[(round_ - 1) % len(self.works)]
+
+
+@dataclass(frozen=True)
+class FirstThen:
+    """One work in the first round, and another from then on."""
+
+    first: ClientWork
+    then: ClientWork
+
+    def at(self, round_: int) -> ClientWork:
+        """Return the round's work."""
+        return self.first if round_ == 1 else self.then

@@ -9,6 +9,7 @@ LANES = {
     "test_kill_and_resume.py": "killed servers",
     "test_kill_and_stream.py": "broken streams",
     "test_stock_app.py": "broken streams",
+    "test_mixed_ranks.py": "broken streams",
     "test_attacked_run.py": "killed servers",
     "test_wrong_input.py": "killed servers",
 }

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import Message as FlowerMessage
 from peft.tuners.lora import LoraLayer
 
 from client_app.workplace import open_workplace
 from fedllm.messages import Failure, Instruction, TrainReport
 from fedllm.model.build import cached_base
+from fedllm.model.heads import Headed
 from fedllm.records import from_records
 from tests.dense_oracle import Dense
 from tests.site_handlers import real_site
@@ -64,9 +66,19 @@ def observed_sites(count: int = 3) -> dict[int, ObservedSite]:
 
 def _product(layer: Any) -> Dense:
     terms = [
-        layer.scaling[name]
-        * layer.lora_B[name].weight.detach().double().numpy()
-        @ layer.lora_A[name].weight.detach().double().numpy()
-        for name in layer.active_adapters
+        layer.scaling[name] * _wide(layer.lora_B[name].weight) @ _middle(down) @ _wide(down.weight)
+        for name, down in ((name, layer.lora_A[name]) for name in layer.active_adapters)
     ]
     return np.asarray(sum(terms))
+
+
+def _middle(down: Any) -> Dense:
+    """Return what is between the factors, the unit matrix in plain LoRA."""
+    if not isinstance(down, Headed):
+        return np.eye(len(down.weight))
+    gains = torch.ones(len(down.middle)) if down.gains is None else down.gains
+    return _wide(torch.block_diag(*(gain * one for gain, one in zip(gains, down.middle, strict=True))))
+
+
+def _wide(tensor: torch.Tensor) -> Dense:
+    return np.asarray(tensor.detach().double().numpy())

@@ -1,7 +1,8 @@
 """A federation's adapter as one LoRA adapter that computes the same: what is exported.
 
 `s B A + side_B side_A = [s B | side_B] [A; side_A]`, so the trained and the side factors side by side are an adapter of
-rank R + S and scale 1. Side components that hold nothing in any layer are left away.
+rank R + S and scale 1. Side components that hold nothing in any layer are left away. Matrices between the factors are
+multiplied into B.
 
 Shape legend: R the federation's rank, S rank of the side factors.
 """
@@ -11,19 +12,22 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fedllm.lora.heads import multiplied_out
 from fedllm.lora.pairs import Pair, pairs_of, with_rank
 from fedllm.model.spec import LoraSpec
 from fedllm.update import Arrays, Layout
 
 
 def joined(adapter: LoraSpec, layout: Layout, arrays: Arrays) -> tuple[LoraSpec, Layout, Arrays]:
-    """Return spec, layout and values of the one adapter; without side factors, those given.
+    """Return spec, layout and values of the one adapter; without side factors and heads, those given.
 
     Args:
         adapter: The federation's.
         layout: Its layout.
         arrays: Its values.
     """
+    if adapter.num_heads:
+        return adapter.model_copy(update={"num_heads": 0}), *multiplied_out(layout, arrays)
     pairs = pairs_of(layout)
     if not any(pair.side_rank for pair in pairs):
         return adapter, layout, arrays

@@ -19,6 +19,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from transformers import PreTrainedModel
 
 from fedllm.errors import LayoutError, ModelError, explain
+from fedllm.model.heads import fold_gains, gains_of, has_several_heads, put_heads, tensor_name
 from fedllm.model.initial import initial_arrays
 from fedllm.model.prompts import attach as prompts
 from fedllm.model.prompts.tensors import role_of
@@ -78,9 +79,10 @@ def first_values(base: LoadedBase, adapter: AdapterSpec, layout: Layout, seed: i
 
 def layout_of(model: PeftModel) -> Layout:
     """Describe the adapter's tensors: PEFT's names, shapes, dtypes, roles."""
+    factors = "head_" if has_several_heads(model) else "lora_"
     return Layout(
         tuple(
-            TensorSpec(name, tuple(value.shape), str(value.dtype).removeprefix("torch."), _role(name))
+            TensorSpec(name, tuple(value.shape), str(value.dtype).removeprefix("torch."), _role(name, factors))
             for name, value in _parameters(model)
         )
     )
@@ -93,6 +95,7 @@ def read_adapter(model: PeftModel, layout: Layout) -> Arrays:
         LayoutError: The model carries another adapter.
     """
     values = _matching(model, layout)
+    fold_gains(model)
     return {name: values[name].detach().float().cpu().numpy().copy() for name in layout.names}
 
 
@@ -105,6 +108,7 @@ def write_adapter(model: PeftModel, layout: Layout, arrays: Arrays) -> None:
     """
     values = _matching(model, layout)
     check_arrays(arrays, layout, "the adapter to load")
+    fold_gains(model)
     with torch.no_grad():
         for name in layout.names:
             values[name].copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
@@ -120,7 +124,8 @@ def only_trainable(model: PeftModel, part: Layout) -> Iterator[dict[str, torch.n
     wanted = {name: parameters[name] for name in part.names}
     try:
         model.requires_grad_(False)
-        for parameter in wanted.values():
+        gains = gains_of(model) if any(spec.role == "head_M" for spec in part.tensors) else []
+        for parameter in (*wanted.values(), *gains):
             parameter.requires_grad_(True)
         yield wanted
     finally:
@@ -146,6 +151,8 @@ def _wrap(model: PreTrainedModel, adapter: AdapterSpec) -> PeftModel:
     assert isinstance(wrapped, PeftModel), "PEFT's mixed models are not asked for"
     if isinstance(adapter, SoftPromptSpec):
         prompts.take_apart(wrapped, adapter)
+    elif adapter.num_heads:
+        put_heads(wrapped, adapter.num_heads, _ADAPTER)
     return wrapped
 
 
@@ -213,12 +220,14 @@ def _parameters(model: PeftModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
         yield from prompts.parameters(model)
         return
     for name, parameter in model.named_parameters():
-        if "lora_" in name and f".{_ADAPTER}." in name:  # PEFT's files leave the adapter's own name out
-            yield name.replace(f".{_ADAPTER}.", "."), parameter
+        if "lora_" in name and f".{_ADAPTER}." in name and not name.endswith(".gains"):
+            yield tensor_name(name.replace(f".{_ADAPTER}.", ".")), parameter  # PEFT's files leave its own name out
 
 
-def _role(name: str) -> str:
-    return "lora_A" if ".lora_A." in name else "lora_B" if ".lora_B." in name else role_of(name)
+def _role(name: str, factors: str) -> str:
+    """Return a tensor's role; those of LoRA are the last part but one of its name, with another start for heads."""
+    part = name.split(".")[-2] if "." in name else ""
+    return part.replace("lora_", factors) if part in ("lora_A", "lora_B", "lora_M") else role_of(name)
 
 
 def _matching(model: PeftModel, layout: Layout) -> dict[str, torch.nn.Parameter]:

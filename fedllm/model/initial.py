@@ -2,7 +2,10 @@
 
 - LoRA, as in PEFT: ``A`` is Kaiming-uniform with ``a = sqrt(5)``, which is uniform in ``[-1/sqrt(I), 1/sqrt(I)]``, and
   ``B`` is zero, so the first global model is the base itself. (He et al., Delving Deep into Rectifiers,
-  arXiv 1502.01852.)
+  arXiv 1502.01852.) A matrix between them is the unit matrix.
+- Heads have fixed factors of normal entries whose rows (A) and columns (B) have length 1 on average, and zero matrices
+  between them. In high dimensions such rows are orthogonal but for `1/sqrt(I)`; a decomposition that made them exactly so
+  would give other last bits on other machines.
 - A prefix is normal with a small deviation: keys that no query prefers, values that add little. PEFT's own draws of
   deviation 1 drown the base.
 - P-tuning, as in PEFT: standard normal embeddings into a network whose weights are uniform as LoRA's ``A``. Biases are
@@ -37,7 +40,8 @@ def initial_arrays(layout: Layout, seed: int) -> Arrays:
     """Draw the first global adapter; each tensor's draw depends on the seed and its name only.
 
     Args:
-        layout: Tensors of role `lora_A` [R, I], `lora_B` [O, R] and `control`, which is zero; `prefix` and
+        layout: Tensors of role `lora_A` [R, I], `lora_B` [O, R] and `control`, which is zero; those with heads
+            (:mod:`fedllm.lora.heads`); `prefix` and
             `personal_prefix` [M, 2 D], `encoder_input` [M, H] and `encoder` [O, I] or [O].
         seed: The run's seed.
 
@@ -87,9 +91,25 @@ def _small(spec: TensorSpec, draw: np.random.Generator) -> NDArray[np.float32]:
     return np.float32(PREFIX_DEVIATION) * _normal(spec, draw)
 
 
+def _unit(spec: TensorSpec, _: np.random.Generator) -> NDArray[np.float32]:
+    return np.broadcast_to(np.eye(spec.shape[-1], dtype=np.float32), spec.shape).copy()
+
+
+def _unit_rows(spec: TensorSpec, draw: np.random.Generator) -> NDArray[np.float32]:
+    return _normal(spec, draw) / np.float32(math.sqrt(spec.shape[1]))
+
+
+def _unit_columns(spec: TensorSpec, draw: np.random.Generator) -> NDArray[np.float32]:
+    return _normal(spec, draw) / np.float32(math.sqrt(spec.shape[0]))
+
+
 _RULES: dict[tuple[str, int], Rule] = {
     ("lora_A", 2): _uniform,
     ("lora_B", 2): _zeros,
+    ("lora_M", 3): _unit,
+    ("head_A", 2): _unit_rows,
+    ("head_B", 2): _unit_columns,
+    ("head_M", 3): _zeros,
     ("side_A", 2): _zeros,
     ("side_B", 2): _zeros,
     ("prefix", 2): _small,

@@ -82,10 +82,16 @@ class LoraSettings(Section):
     """Rank of the frozen side factors of strategies that keep what does not fit into the adapter (`flora`, `fedex`,
     `florist`); 0 takes 8 times `rank` for those. Refused for the others, which have none."""
 
+    num_heads: int = Field(0, ge=0, le=1024)
+    """Square matrices between the two factors that strategies train which leave the factors alone: `fed-sb` has 1, `ravan`
+    2 or more, a divisor of `rank`; 0 takes 1 and 4 for those. Refused for the others, which have none."""
+
     @model_validator(mode="after")
     def _check_ranks(self) -> Self:
         if self.min_rank > self.rank:
             raise ValueError("adapter.min_rank is larger than adapter.rank")
+        if self.num_heads and self.rank % self.num_heads:
+            raise ValueError("adapter.num_heads does not divide adapter.rank")
         return self
 
     @property

@@ -48,6 +48,7 @@ _SLOTS = ("name", "sampler", "work", "aggregator", "optimizer", "is_exact")
 _PARTS: Mapping[str, str] = {
     "grouping": "groups of sites have a global adapter each, and Flower's loop has one for all",
     "side_rank": "sites apply side factors beside the adapter, in place of changing the base",
+    "num_heads": "sites train a square matrix between the factors",
 }
 
 

@@ -102,6 +102,15 @@ class Refactored:
 
 
 @dataclass(frozen=True)
+class Orthogonal:
+    """The largest singular components of the ideal product, values in B; A has orthonormal rows (Fed-SB's first step)."""
+
+    def factor(self, layer: Layer) -> tuple[Matrix, Matrix]:
+        """Return the components."""
+        return refactor(layer.target.scaled(1 / layer.scale), layer.rank)
+
+
+@dataclass(frozen=True)
 class Corrected:
     """The mean A, and the mean B moved towards the ideal product (LoRA-FAIR).
 

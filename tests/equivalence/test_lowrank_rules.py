@@ -9,7 +9,6 @@ import pytest
 
 from fedllm import rng
 from strategies.lowrank.fair import corrected_left
-from strategies.lowrank.middle import fixed_factors, mean_middle, middle_product, random_factors
 from strategies.lowrank.product import Matrix, Product, difference, product, total
 from strategies.lowrank.refactor import refactor
 from strategies.lowrank.spectrum import recompress, spectrum
@@ -221,31 +220,3 @@ def test_re_factoring_a_product_of_smaller_rank_keeps_what_a_spans() -> None:
     assert not b.any()
     np.testing.assert_allclose(rows @ rows.T, np.eye(6), atol=1e-12)
     np.testing.assert_allclose(rows @ np.linalg.pinv(a) @ a, rows, atol=1e-12)
-
-
-@pytest.mark.parametrize("heads", [1, 4])
-def test_the_mean_of_middle_matrices_is_the_mean_of_products(heads: int) -> None:
-    source = draw("middle")
-    fixed = [random_factors(source, 40, 56, 6) for _ in range(heads)]
-    weights = [3.0, 1.0, 7.0]
-    middles = source.standard_normal((3, heads, 6, 6))
-    scales = source.standard_normal((3, heads))
-    ideal = sum(
-        weights[k] / 11 * scales[k, h] * fixed[h][0] @ middles[k, h] @ fixed[h][1]
-        for k in range(3)
-        for h in range(heads)
-    )
-    means = [mean_middle(weights, list(middles[:, h]), list(scales[:, h])) for h in range(heads)]
-    found = total([middle_product(b, mean, a) for (b, a), mean in zip(fixed, means, strict=True)])
-    assert relative_error(dense(found), np.asarray(ideal)) < 1e-14
-    np.testing.assert_allclose(fixed[0][0].T @ fixed[0][0], np.eye(6), atol=1e-13)
-    np.testing.assert_allclose(fixed[0][1] @ fixed[0][1].T, np.eye(6), atol=1e-13)
-
-
-def test_fed_sb_starts_at_the_best_approximation_of_the_first_step() -> None:
-    source = draw("fed-sb")
-    step = source.standard_normal((40, 56))
-    b, middle, a = fixed_factors(Product(step, np.eye(56)), 6)
-    u, s, v = np.linalg.svd(step)
-    np.testing.assert_allclose(b @ middle @ a, u[:, :6] * s[:6] @ v[:6], atol=1e-12)
-    np.testing.assert_allclose(b.T @ b, np.eye(6), atol=1e-13)

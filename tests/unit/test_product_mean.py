@@ -14,7 +14,7 @@ from fedllm.errors import ConfigError
 from fedllm.lora.pairs import pairs_of, with_rank
 from fedllm.model.initial import initial_arrays
 from fedllm.update import Arrays, Contribution, Layout, TensorSpec
-from server_app.app import with_side_rank
+from server_app.app import with_needs
 from strategies.compatibility import check_compatibility
 from strategies.lowrank.mean import ProductMean
 from strategies.lowrank.padded import PaddedMean
@@ -180,7 +180,7 @@ def test_the_padded_mean_is_the_mean_of_what_each_site_holds(weighting: str) -> 
         np.testing.assert_allclose(state[name], expected, rtol=1e-5, atol=1e-6)
 
 
-PRODUCTS = ["fedex", "fedsvd", "flexlora", "flora", "florist", "lora-fair"]
+PRODUCTS = ["fed-sb", "fedex", "fedsvd", "flexlora", "flora", "florist", "lora-fair"]
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -199,15 +199,26 @@ def test_a_server_optimizer_is_refused_where_factors_are_replaced(name: str, cha
         check_compatibility(config)
 
 
-def test_a_side_rank_is_filled_in_where_it_is_needed_and_refused_elsewhere() -> None:
-    ranks = {}
+def test_what_a_strategy_needs_of_the_adapter_is_filled_in_and_refused_elsewhere() -> None:
+    needs = {}
     for name in RECIPES:
         config = read_run_config({"strategy.name": name})
-        ranks[name] = with_side_rank(config, build_strategy(config)).adapter.side_rank
-    assert {name for name, rank in ranks.items() if rank} == {"fedex", "flora", "florist"}
-    assert ranks["flora"] == 64
-    config = read_run_config({"strategy.name": "flora", "adapter.side_rank": 5})
-    assert with_side_rank(config, build_strategy(config)).adapter.side_rank == 5
-    config = read_run_config({"strategy.name": "fedavg", "adapter.side_rank": 5})
-    with pytest.raises(ConfigError, match=r"adapter.side_rank has no effect with strategy 'fedavg'"):
-        with_side_rank(config, build_strategy(config))
+        adapter = with_needs(config, build_strategy(config)).adapter
+        needs[name] = (adapter.side_rank, adapter.num_heads)
+    found = {name: need for name, need in needs.items() if any(need)}
+    assert found == {"fedex": (64, 0), "flora": (64, 0), "florist": (64, 0), "fed-sb": (0, 1), "ravan": (0, 4)}
+    for settings in (
+        {"strategy.name": "flora", "adapter.side_rank": 5},
+        {"strategy.name": "ravan", "adapter.num_heads": 2},
+    ):
+        config = read_run_config(settings)
+        assert with_needs(config, build_strategy(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("fedavg", "side_rank"), ("fedavg", "num_heads"), ("fed-sb", "num_heads"), ("ravan", "side_rank")]
+)
+def test_what_a_strategy_does_not_have_is_refused(name: str, key: str) -> None:
+    config = read_run_config({"strategy.name": name, f"adapter.{key}": 4})
+    with pytest.raises(ConfigError, match=rf"adapter.{key} has no effect with strategy '{name}'"):
+        with_needs(config, build_strategy(config))
