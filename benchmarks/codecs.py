@@ -1,14 +1,19 @@
 """Size, error and speed of codec pipelines, one thread.
 
 ``python -m benchmarks.codecs --json`` encodes and decodes one tensor of 460,800 values (as many as the rank-8 q,v adapter
-of SmolLM2-135M has) drawn from a Gaussian and from Student's t with three degrees of freedom. ``--real`` takes a site's
-real delta as well: a safetensors file, or a payload with ``--layout``.
+of SmolLM2-135M has) drawn from a Gaussian and from Student's t with three degrees of freedom, and real deltas: those of
+three rounds of the demo's federation, which is run for them first (:mod:`benchmarks.deltas`, some minutes). ``--real FILE``
+takes them from a file that ``benchmarks.deltas`` wrote, or any safetensors file, or a payload with ``--layout``;
+``--no-real`` leaves them out.
 
-Keys: ``num_parameters``, ``memcpy_gb_per_s``, and ``pipelines``, by the pipeline's text:
+Keys: ``num_parameters``, ``memcpy_gb_per_s``, ``real_kurtosis`` (of the real deltas' tensors, their mean; 3 for a Gaussian,
+1.8 for a uniform draw, 1 for two values of equal magnitude), and ``pipelines``, by the pipeline's text:
 
 - ``bits_per_param``: the whole payload, its head included.
 - ``rel_l2_gaussian``, ``rel_l2_student_t``, ``rel_l2_real``: norm of the error over norm of the values; the last is null
-  without ``--real``.
+  with ``--no-real``.
+- ``held_back_real``: with error feedback over the rounds of the real deltas, as if one site had made them all, the norm of
+  what has not travelled after the last over the norm of their sum; null for deltas without rounds.
 - ``encode_gb_per_s``, ``decode_add_gb_per_s``: float32 bytes of the adapter per second. Decoding counts opening, checksums,
   checks, and adding to float64 sums.
 - ``fraction_of_memcpy``, ``encode_fraction_of_memcpy``: of the speed at which NumPy copies the same bytes.
@@ -30,7 +35,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import machine, median_seconds, show
+from benchmarks.deltas import by_round, collect
 from fedllm.codecs.container import read_head
+from fedllm.codecs.feedback import ErrorFeedback, norm
 from fedllm.codecs.payload import encode_payload, open_payload
 from fedllm.codecs.pipeline import parse
 from fedllm.codecs.stage import Values
@@ -58,6 +65,8 @@ PIPELINES = (
     "topk:0.1|fp16|rice",
     "topk:0.1|nf4:64|rice",
     "topk:0.01|nf4:64|rice",
+    "topk:0.25|q2:64|rice",
+    "topk:0.5|sign:1024|rice",
     "randk:0.1|fp32",
     "int8:256|zstd:3",
     "nf4:64|zstd:3",
@@ -70,10 +79,10 @@ def layout_of(arrays: Mapping[str, Values]) -> Layout:
     return Layout(tuple(TensorSpec(name, values.shape) for name, values in arrays.items()))
 
 
-def encoded(pipeline: str, arrays: Mapping[str, Values], layout: Layout) -> bytes:
+def encoded(pipeline: str, arrays: Mapping[str, Values], layout: Layout, round_: int = 1) -> bytes:
     """Return arrays as a payload."""
     sink = io.BytesIO()
-    encode_payload(sink, arrays, layout, kind="update", round_=1, base="benchmark", pipeline=pipeline, seed=1)
+    encode_payload(sink, arrays, layout, kind="update", round_=round_, base="benchmark", pipeline=pipeline, seed=1)
     return sink.getvalue()
 
 
@@ -87,12 +96,27 @@ def add_all(payload: bytes, layout: Layout, sums: Mapping[str, np.ndarray]) -> N
 def relative_error(pipeline: str, arrays: Mapping[str, Values]) -> float:
     """Return the norm of what a pipeline loses over the norm of the values."""
     layout = layout_of(arrays)
-    lost = norm = 0.0
+    lost = scale = 0.0
     with open_payload(encoded(pipeline, arrays, layout), layout=layout, base="benchmark") as reader:
         for name, values in arrays.items():
             lost += float(np.square(reader.read(name) - values, dtype=np.float64).sum())
-            norm += float(np.square(values, dtype=np.float64).sum())
-    return float(np.sqrt(lost / norm)) if norm else 0.0
+            scale += float(np.square(values, dtype=np.float64).sum())
+    return float(np.sqrt(lost / scale)) if scale else 0.0
+
+
+def held_back(pipeline: str, deltas: Arrays) -> float | None:
+    """Return what error feedback still holds back after all rounds, over the sum of the deltas."""
+    rounds = by_round(deltas)
+    if not rounds:
+        return None
+    layout, feedback = layout_of(rounds[0]), ErrorFeedback()
+    residual: Arrays | None = None
+    for round_, delta in enumerate(rounds, 1):
+        compensated = feedback.compensate(delta, residual)
+        with open_payload(encoded(pipeline, compensated, layout, round_), layout=layout, base="benchmark") as reader:
+            residual = feedback.residual(compensated, {name: reader.read(name) for name in reader.names})
+    assert residual is not None
+    return norm(residual) / norm({name: np.sum([delta[name] for delta in rounds], axis=0) for name in layout.names})
 
 
 def measure(pipeline: str, repeats: int, real: Arrays | None) -> dict[str, float | None]:
@@ -107,6 +131,7 @@ def measure(pipeline: str, repeats: int, real: Arrays | None) -> dict[str, float
         "rel_l2_gaussian": relative_error(pipeline, gaussian),
         "rel_l2_student_t": relative_error(pipeline, student),
         "rel_l2_real": None if real is None else relative_error(pipeline, real),
+        "held_back_real": None if real is None else held_back(pipeline, real),
         "encode_gb_per_s": billions / encode_s,
         "decode_add_gb_per_s": billions / decode_s,
         "fraction_of_memcpy": memcpy_s / decode_s,
@@ -173,22 +198,34 @@ def load_real(path: Path, layout_path: Path | None) -> Arrays:
         return {name: reader.read(name) for name in reader.names}
 
 
+def kurtosis(arrays: Arrays) -> float:
+    """Return the mean kurtosis of the tensors; one of zeros, as a first delta of A is, has none."""
+    found = []
+    for values in arrays.values():
+        squares = np.square(values, dtype=np.float64)
+        if squares.any():
+            found.append(float(np.square(squares).mean() / squares.mean() ** 2))
+    return float(np.mean(found))
+
+
 def main() -> None:
     """Measure all pipelines and print them."""
     parser = argparse.ArgumentParser(description="Measure codec pipelines.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--repeats", type=int, default=15, help="repeats of every timing")
     parser.add_argument("--pipeline", action="append", help="measure this pipeline instead (may be repeated)")
-    parser.add_argument("--real", type=Path, help="a site's real delta: .safetensors, or a payload")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--real", type=Path, help="real deltas: .safetensors, or a payload; else the demo is run")
+    source.add_argument("--no-real", action="store_true", help="measure drawn values alone")
     parser.add_argument("--layout", type=Path, help="the layout's JSON file, for a payload")
     arguments = parser.parse_args()
-    real = load_real(arguments.real, arguments.layout) if arguments.real else None
+    real = None if arguments.no_real else load_real(arguments.real, arguments.layout) if arguments.real else collect()
     names = [str(parse(text)) for text in arguments.pipeline or PIPELINES]
     pipelines = {name: measure(name, arguments.repeats, real) for name in names}
     memcpy = 4 * NUM_PARAMETERS / 1e9 / memcpy_seconds(arguments.repeats)
-    result = {"num_parameters": NUM_PARAMETERS, "memcpy_gb_per_s": memcpy, "pipelines": pipelines, "machine": machine()}
+    rest = {"num_parameters": NUM_PARAMETERS, "memcpy_gb_per_s": memcpy, "real_kurtosis": real and kurtosis(real)}
     if arguments.json:
-        show(result, as_json=True)
+        show({**rest, "pipelines": pipelines, "machine": machine()}, as_json=True)
     else:
         _print_table(pipelines)
 

@@ -17,16 +17,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine, show
-from benchmarks.simulation import simulate
-
-NUM_SITES = 4
-SETTINGS = Path(__file__).parents[1] / "deploy" / "demo" / "settings.toml"
+from benchmarks.simulation import DEMO_SITES, demo_settings, simulate
 
 
 @dataclass(frozen=True)
@@ -63,6 +58,7 @@ CHOICES = {
     "nf4": both("delta|nf4:256|zstd:3"),
     "topk10+nf4+EF": Choice("delta|topk:0.1|nf4:64|rice", "delta|topk:0.25|nf4:64|rice", feedback=True),
     "q2+EF": both("delta|q2:64|zstd:3", feedback=True),
+    "topk50+sign+EF": both("delta|topk:0.5|sign:1024|rice", feedback=True),
 }
 
 
@@ -78,7 +74,7 @@ def run(choice: Choice, num_rounds: int, local_steps: int, seed: int) -> dict[st
         "evaluation.local_only": False,
         "evaluation.prompt": "",
     }
-    events = simulate(config, NUM_SITES, cpus_per_site=1)
+    events = simulate(config, DEMO_SITES, cpus_per_site=1)
     rounds = [event for event in events if event["event"] == "round"]
     evaluations = [event for event in events if event["event"] == "evaluation"]
     sites = rounds[-1]["sites"].values()
@@ -90,15 +86,6 @@ def run(choice: Choice, num_rounds: int, local_steps: int, seed: int) -> dict[st
         "heldout_loss": evaluations[-1]["loss"],
         "residual_norm": max(site["residual_norm"] for site in sites),
         "base_loss": evaluations[0]["loss"],
-    }
-
-
-def demo_settings() -> dict[str, object]:
-    """Return what the demo changes of the run config, by flat key."""
-    return {
-        f"{section}.{name}": value
-        for section, values in tomllib.loads(SETTINGS.read_text()).items()
-        for name, value in values.items()
     }
 
 
