@@ -19,6 +19,10 @@ log = logging.getLogger(__name__)
 GRACE_S = 60.0
 """Seconds to wait for slower sites once enough have joined."""
 
+AGAIN_S = 5.0
+"""Seconds until a node is greeted again that a greeting did not reach, or whose ClientApp died of it. A SuperNode that was
+started anew counts as absent until its old heartbeat has run out, up to a minute."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -53,6 +57,7 @@ class Roster:
         self._on_left_out = on_left_out
         self._pending: dict[str, int] = {}
         self._asked: set[int] = set()
+        self._unreached: dict[int, float] = {}
         self._waiting: dict[int, Introduction] = {}
         self._reasons: dict[str, str] = {}
         self._fixed_sites = fixed_sites
@@ -99,17 +104,26 @@ class Roster:
         return f"node {node}"
 
     def _poll(self) -> None:
-        new = self._exchange.online() - self._asked
+        new = self._exchange.online() - self._asked - self._resting()
         if new:
             self._pending |= self._exchange.send(dict.fromkeys(sorted(new), (self._hello, None)), group="hello")
             self._asked |= new
         for reply in self._exchange.pull(self._pending):
             self._take(reply)
 
+    def _resting(self) -> set[int]:
+        now = time.monotonic()
+        return {node for node, since in self._unreached.items() if now - since < AGAIN_S}
+
     def _take(self, reply: Reply) -> None:
         message = reply.message
         if isinstance(message, Introduction):
             self._waiting[reply.node] = message
+            self._reasons.pop(f"node {reply.node}", None)
+        elif isinstance(message, Failure) and message.error == "FlowerError" and not self._fixed_sites:
+            self._asked.discard(reply.node)
+            self._unreached[reply.node] = time.monotonic()
+            self._leave_out(f"node {reply.node}", f"{message.error}: {message.reason}; it is greeted again")
         elif isinstance(message, Failure):
             self._leave_out(message.site or f"node {reply.node}", f"{message.error}: {message.reason}")
         else:
@@ -141,6 +155,8 @@ class Roster:
         self.members[message.site] = Member(node, message)
 
     def _leave_out(self, site: str, reason: str) -> None:
+        if self._reasons.get(site) == reason:
+            return
         log.warning("left out %s: %s", site, reason)
         self._reasons[site] = reason
         self._on_left_out(site, reason)

@@ -1,4 +1,4 @@
-"""Health check of a container: does somebody answer on this port, or at this address?
+"""Health check of a container: somebody answers on this port, or at this address.
 
 Usage: probe.py PORT | probe.py https://HOST:PORT/PATH CA_FILE
 """

@@ -46,11 +46,11 @@ SETTINGS = {
 }
 
 
-def run(home: Path, grid: InProcessGrid, **changes: Any) -> RunFolder:
+def run(home: Path, grid: InProcessGrid, *, fixed_sites: bool = True, **changes: Any) -> RunFolder:
     """Run a federation to its end, as the ServerApp does."""
     config = read_run_config({**SETTINGS, "home": str(home), **changes})
     folder, effective, state = open_run(config)
-    run_federation(grid, folder, effective, state, run_id=1, fixed_sites=True)
+    run_federation(grid, folder, effective, state, run_id=1, fixed_sites=fixed_sites)
     return folder
 
 
@@ -269,6 +269,23 @@ def test_a_site_that_holds_something_else_is_left_out_with_both_values(field: st
     assert "something else" in left_out["reason"]
     assert getattr(AGREEMENT, field) in left_out["reason"]
     assert events(folder, "round")[0]["participants"] == ["site-0", "site-1"]
+
+
+def test_a_node_that_was_away_when_it_was_greeted_is_greeted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server_app.roster.AGAIN_S", 0.3)
+    members, greetings = sites(2), []
+
+    def away_at_first(message: FlowerMessage) -> FlowerMessage | None:
+        greetings.append(message)
+        return flower_error(message, "Node Unavailable") if len(greetings) <= 2 else members[101](message)
+
+    grid = InProcessGrid({100: members[100], 101: away_at_first})
+    folder = run(tmp_path, grid, fixed_sites=False, **{"rounds.join_timeout_s": 30.0})
+    assert events(folder, "round")[0]["participants"] == ["site-0", "site-1"]
+    [told] = events(folder, "left_out")
+    assert "Node Unavailable; it is greeted again" in told["reason"]
 
 
 def test_a_second_node_under_a_taken_name_is_left_out(tmp_path: Path) -> None:
