@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 BASE ?= python:3.11-slim
 GATEWAY_BASE ?= nginx:1.28-bookworm
 
-.PHONY: help install demo test test-slow check lint types imports unit format fuzz wheelhouse images docs constraints clean
+.PHONY: help install demo test test-slow check lint types imports unit format fuzz wheelhouse images compose-demo docs constraints clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -75,6 +75,9 @@ images:  ## Build the container images from the wheelhouse
 	docker build -q -t fedllm-server -f deploy/images/Dockerfile --build-arg BASE=$(BASE) --build-arg EXTRA=server .
 	docker build -q -t fedllm-site -f deploy/images/Dockerfile --build-arg BASE=$(BASE) --build-arg EXTRA=site \
 		--build-arg PACKAGES="$$(grep -v '^#' deploy/demo/packages.txt | tr '\n' ' ')" .
+
+compose-demo: install images  ## Bring a federation of containers up, run it, show the result, take it down
+	PATH="$(abspath $(BIN)):$$PATH" GATEWAY_BASE=$(GATEWAY_BASE) bash deploy/compose/demo.sh
 
 docs: install  ## Rebuild the generated pages
 	$(BIN)/fedllm config --format markdown > docs/configuration.md

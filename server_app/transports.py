@@ -82,7 +82,9 @@ def _is_plaintext(section: TransportConfig, is_simulation: bool) -> bool:
 
 
 def _security(section: TransportConfig) -> str:
-    return "TLS" if section.tls_certificate else "unencrypted"
+    if section.tls_certificate:
+        return "TLS"
+    return "unencrypted as far as the gateway there" if section.advertise else "unencrypted"
 
 
 TRANSPORTS: dict[str, Build] = {"grpc": _stream, "flower": _inline}
