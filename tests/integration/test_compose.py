@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.flower_process import REPOSITORY, wait_for
 
 PROJECT = "fedllm-test"
 DEMO = ["bash", str(REPOSITORY / "deploy" / "compose" / "demo.sh")]
+BIN = str(Path(sys.executable).parent)
 CUT_S = 20
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -58,18 +60,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("compose")
     for parent in (folder, *folder.parents[:2]):
         parent.chmod(0o755)  # containers run as another user
-    environment = os.environ | {
+    try:
+        subprocess.run([*DEMO, "up"], env=environment(folder), check=True)
+        yield folder
+    finally:
+        subprocess.run([*DEMO, "down"], env=environment(folder), check=True)
+        assert not docker("ps", "-aq", "--filter", f"label=com.docker.compose.project={PROJECT}")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "COMPOSE_DEMO": str(folder),
         "COMPOSE_PROJECT": PROJECT,
         "GATEWAY_ADDRESS": "127.0.0.1:18443",
         "RUN_CONFIG": "num_rounds=3",
     }
-    try:
-        subprocess.run([*DEMO, "up"], env=environment, check=True)
-        yield folder
-    finally:
-        subprocess.run([*DEMO, "down"], env=environment, check=True)
-        assert not docker("ps", "-aq", "--filter", f"label=com.docker.compose.project={PROJECT}")
 
 
 def container(service: str) -> str:
@@ -115,9 +121,8 @@ def test_containers_are_as_tight_as_they_say(folder: Path) -> None:
 
 
 def test_a_run_survives_a_killed_site_and_a_site_without_network(folder: Path) -> None:
-    environment = os.environ | {"COMPOSE_DEMO": str(folder), "COMPOSE_PROJECT": PROJECT, "RUN_CONFIG": "num_rounds=3"}
     process = subprocess.Popen(
-        [*DEMO, "run"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*DEMO, "run"], env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     wait_for(lambda: events(folder, "evaluation") or process.poll() is not None, timeout_s=600)
     time.sleep(5)  # sites train
