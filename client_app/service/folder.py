@@ -7,6 +7,7 @@ Everything lies in ``service/`` of the site's kit::
     service/superexec.secret what lets the site's own SuperExec, and nobody else on this machine, take work
     service/node.toml        what the SuperNode tells the ClientApp: where the site's file is
     service/log              output of all processes, rotated
+    service/beginning        what the service said before it had its log
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ class ServiceFolder:
     def log(self) -> Path:
         """Return the log of all processes."""
         return self.path / "log"
+
+    @property
+    def beginning(self) -> Path:
+        """Return the first output of a service in the background."""
+        return self.path / "beginning"
 
     def make(self) -> None:
         """Make the folder, for its owner alone."""
