@@ -20,10 +20,14 @@ import psutil
 
 REPOSITORY = Path(__file__).parents[1]
 NOT_THE_APP = shutil.ignore_patterns("__pycache__")
-RAY_WAS_TOO_SLOW = "The current node timed out during startup"
-"""What Ray says where a busy machine let its 30 seconds pass; it cannot be given more."""
+TOO_SLOW = (
+    "The current node timed out during startup",  # Ray
+    "Failed to start local SuperLink within",
+    "Connection to the SuperLink is unavailable",
+)
+"""What is said where a busy machine let the time pass that a start may take; it cannot be given more."""
 
-RAY_ATTEMPTS = 3
+ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,10 @@ class Flower:
     def run(
         self, config: Mapping[str, object], num_sites: int, timeout_s: float = 300, *, cpus_per_site: int = 2
     ) -> str:
-        """Call `flwr run --stream`, wait for its end, and return what it printed; again where Ray was too slow to start."""
-        for _ in range(RAY_ATTEMPTS - 1):
+        """Call `flwr run --stream`, wait for its end, and return what it printed; again where a start took too long."""
+        for _ in range(ATTEMPTS - 1):
             output = self._run_once(config, num_sites, timeout_s, cpus_per_site)
-            if RAY_WAS_TOO_SLOW not in output:
+            if not any(words in output for words in TOO_SLOW):
                 return output
             if "resume" not in config:
                 shutil.rmtree(self.folder / "runs" / str(config["name"]), ignore_errors=True)
