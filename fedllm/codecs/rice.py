@@ -47,6 +47,8 @@ class Rice:
             return b""
         gaps = np.diff(positions, prepend=-1) - 1
         num_bits, rice = min((_num_bits(gaps, rice), rice) for rice in _candidates(len(positions) / length))
+        if not rice:
+            return b"\0" + _bitmap(positions)
         coded = np.zeros(-(-num_bits // 8), np.uint8)
         _write(gaps, rice, coded)
         return bytes([rice]) + coded.tobytes()
@@ -58,6 +60,8 @@ class Rice:
         _require(len(buffer) > 0, "no positions")
         _require(buffer[0] <= MAX_RICE, f"parameter {buffer[0]}, at most {MAX_RICE} is possible")
         body = np.frombuffer(buffer, np.uint8, offset=1)
+        if not buffer[0]:
+            return _read_bitmap(body, length, count)
         positions = np.empty(count, np.int64)
         problem = _read(body, int(buffer[0]), length, positions)
         _require(
@@ -86,6 +90,24 @@ def _candidates(density: float) -> set[int]:
 
 def _num_bits(gaps: NDArray[np.int64], rice: int) -> int:
     return int((gaps >> rice).sum()) + len(gaps) * (1 + rice)
+
+
+def _bitmap(positions: NDArray[np.int64]) -> bytes:
+    """Return the code with r = 0."""
+    bits = np.zeros(int(positions[-1]) + 1, np.uint8)
+    bits[positions] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def _read_bitmap(body: NDArray[np.uint8], length: int, count: int) -> NDArray[np.int64]:
+    _require(len(body) <= -(-length // 8), "positions beyond the tensor")
+    bits = np.unpackbits(body, bitorder="little").view(np.bool_)
+    found = int(np.count_nonzero(bits))  # before positions are allocated for them
+    _require(found >= count, "too few bits")
+    _require(found == count and bool(body[-1]), "bits behind the last position")
+    positions = np.flatnonzero(bits)
+    _require(bool(positions[-1] < length), "positions beyond the tensor")
+    return positions
 
 
 def _require(condition: bool, found: str) -> None:

@@ -16,7 +16,7 @@ from fedllm.codecs.jit import private_cache_dir
 from fedllm.codecs.largest import largest
 from fedllm.codecs.payload import open_payload
 from fedllm.codecs.pipeline import parse
-from fedllm.codecs.rice import Rice, best_rice
+from fedllm.codecs.rice import Rice, _bitmap, _read, best_rice
 from fedllm.codecs.select import num_picked, splitmix64
 from fedllm.errors import CorruptPayloadError
 from fedllm.update import Layout, TensorSpec
@@ -205,6 +205,24 @@ def test_any_bytes_are_valid_positions_or_refused(data: bytes, length: int, coun
     assert len(positions) == min(count, length)
     assert (np.diff(positions, prepend=-1) > 0).all()
     assert (positions < length).all()
+
+
+@settings(deadline=None)
+@given(st.sets(st.integers(0, 99), min_size=1), st.integers(90, 110), st.integers(-1, 1), st.data())
+def test_a_bitmap_is_read_as_the_general_code_is(picked: set[int], length: int, more: int, data: st.DataObject) -> None:
+    positions = np.array(sorted(picked))
+    coded = bytearray(_bitmap(positions) + data.draw(st.sampled_from((b"", b"", b"\0", b"\1"))))
+    if data.draw(st.booleans()):
+        coded[data.draw(st.integers(0, len(coded) - 1))] = data.draw(st.integers(0, 255))
+    found = np.empty(max(1, len(picked) + more), np.int64)
+    problem = _read(np.frombuffer(coded, np.uint8), 0, length, found)
+    try:
+        read = Rice().decode(b"\0" + coded, length, len(found))
+    except CorruptPayloadError:
+        assert problem
+    else:
+        assert not problem
+        np.testing.assert_array_equal(read, found)
 
 
 @pytest.mark.parametrize("scale", [2.0**-146, 2.0**-126, 2.0**-66, 2.0**66, 2.0**127])
