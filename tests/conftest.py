@@ -7,12 +7,12 @@ from xdist.scheduler import LoadScopeScheduling
 
 LANES = {
     "test_kill_and_resume.py": "killed servers",
+    "test_attacked_run.py": "killed servers",
+    "test_wrong_input.py": "killed servers",
+    "test_mixed_ranks.py": "killed servers",
     "test_kill_and_stream.py": "broken streams",
     "test_stock_app.py": "broken streams",
-    "test_mixed_ranks.py": "broken streams",
-    "test_attacked_run.py": "killed servers",
     "test_site_service.py": "broken streams",
-    "test_wrong_input.py": "killed servers",
 }
 """Files with federations of their own: those of one lane run one after the other, in one process.
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A federation of containers: provision it, bring it up, run it, show what came out, take it down.
-# Usage: deploy/compose/demo.sh [up|run|down|all]; RUN_CONFIG adds to the run config.
+# Usage: deploy/compose/demo.sh [up|run|down|all]; NUM_ROUNDS and RUN_CONFIG change the run.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${COMPOSE_DEMO:-$PWD/.compose-demo}
@@ -59,7 +59,7 @@ up() {
 }
 
 run() {
-    "${operator[@]}" flwr run /opt/app demo --stream --run-config "name=\"${RUN_NAME:-compose-demo}\" num_rounds=1 \
+    "${operator[@]}" flwr run /opt/app demo --stream --run-config "name=\"${RUN_NAME:-compose-demo}\" num_rounds=${NUM_ROUNDS:-1} \
         transport.bind=\"0.0.0.0\" transport.insecure=true transport.advertise=\"gateway:8443\" \
         data.max_train_examples=16 data.max_holdout_examples=16 train.local_steps=4 train.learning_rate=3e-3 \
         evaluation.local_only=false ${RUN_CONFIG:-}"

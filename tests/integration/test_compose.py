@@ -74,7 +74,7 @@ def environment(folder: Path) -> dict[str, str]:
         "COMPOSE_DEMO": str(folder),
         "COMPOSE_PROJECT": PROJECT,
         "GATEWAY_ADDRESS": "127.0.0.1:18443",
-        "RUN_CONFIG": "num_rounds=3",
+        "NUM_ROUNDS": "3",
     }
 
 
@@ -125,6 +125,7 @@ def test_a_run_survives_a_killed_site_and_a_site_without_network(folder: Path) -
         [*DEMO, "run"], env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     wait_for(lambda: events(folder, "evaluation") or process.poll() is not None, timeout_s=600)
+    assert process.poll() is None, process.communicate()[0]
     time.sleep(5)  # sites train
     docker("kill", container("site-a"))
     docker("start", container("site-a"))
