@@ -6,19 +6,24 @@ cd "$here" || exit 1
 export FLWR_HOME="$here/flwr" FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 failed=0
 
-for node in revoked/*.node; do
-    [ -e "$node" ] || continue
-    if flwr supernode unregister "$(cat "$node")" @FEDERATION@; then
-        mv "$node" "$node.out"
-    else
-        failed=1
-    fi
+for key in revoked/*.pub; do
+    site=$(basename "$key" .pub)
+    for node in "sites/$site.node" "revoked/$site.node"; do
+        [ -s "$node" ] || continue
+        if flwr supernode unregister "$(cat "$node")" @FEDERATION@; then
+            mv "$node" "revoked/$site.node.out"
+        else
+            failed=1
+        fi
+    done
 done
 
 for key in sites/*.pub; do
     [ -e "$key" ] || continue
     site=$(basename "$key" .pub)
-    [ -s "sites/$site.node" ] && continue
+    if [ -s "sites/$site.node" ] || [ -e "revoked/$site.pub" ]; then
+        continue
+    fi
     answer=$(flwr supernode register "$key" @FEDERATION@ --name "$site" --format json)
     id=$(printf '%s' "$answer" | sed -n 's/.*"node-id": *"\{0,1\}\([0-9][0-9]*\).*/\1/p')
     if [ -n "$id" ]; then

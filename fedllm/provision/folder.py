@@ -4,6 +4,7 @@
 
     lung-study/
       authority/  ca.key ca.crt              kept by the operator, best off the server
+        issued/   NAME/SERIAL.crt            every certificate that a site was ever given
       server/     everything that the server needs, for the server alone
         sites/    NAME.pub NAME.crt          sites that are in; NAME.node once registered: the id that Flower gave
         revoked/  the same of sites that are out
@@ -39,13 +40,18 @@ class OperatorFolder:
 
     def make(self) -> None:
         """Make all folders, for their owner alone."""
-        for folder in (self.path, self.authority, self.server, self.sites, self.revoked, self.flower, self.kits):
+        records = (self.authority, self.authority / "issued", self.sites, self.revoked)
+        for folder in (self.path, self.server, *records, self.flower, self.kits):
             folder.mkdir(mode=0o700, exist_ok=True)
 
     @property
     def authority(self) -> Path:
         """Return the folder of the authority."""
         return self.path / "authority"
+
+    def issued(self, site: str) -> Path:
+        """Return the folder of all certificates that a site was given."""
+        return self.authority / "issued" / site
 
     @property
     def server(self) -> Path:

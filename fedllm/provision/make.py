@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from cryptography import x509
+
 from fedllm.errors import ConfigError, explain
 from fedllm.files import atomic_write
 from fedllm.provision import kit
@@ -98,7 +100,7 @@ def finish_kit(
         node: Public key of the site's SuperNode.
         own: Public key of the site's certificate.
     """
-    certificate = authority.site_certificate(own, site.name, federation.federation.validity_days)
+    certificate = issue(folder, federation, authority, site.name, own)
     write_certificate(staged / kit.CERTIFICATE, certificate)
     write_certificate(staged / kit.CA, authority.certificate)
     line = public_line(node, site.name)
@@ -110,3 +112,14 @@ def finish_kit(
     kit.pack(final, folder.kits / f"{site.name}.tar.gz")
     write_certificate(folder.sites / f"{site.name}.crt", read_certificate(final / kit.CERTIFICATE))
     atomic_write(folder.sites / f"{site.name}.pub", line)
+
+
+def issue(
+    folder: OperatorFolder, federation: Federation, authority: Authority, site: str, public: PublicKey
+) -> x509.Certificate:
+    """Sign a site's certificate and put it on record first, so that whatever was handed out can be revoked."""
+    certificate = authority.site_certificate(public, site, federation.federation.validity_days)
+    record = folder.issued(site)
+    record.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_certificate(record / f"{certificate.serial_number:x}.crt", certificate)
+    return certificate

@@ -52,8 +52,9 @@ def renew_server(folder: OperatorFolder, federation: Federation, authority: Auth
 
 
 def write_revocations(folder: OperatorFolder, authority: Authority) -> None:
-    """Write the list of revoked certificates that the gateway reads."""
-    revoked = [read_certificate(path) for path in sorted(folder.revoked.glob("*.crt"))]
+    """Write the list that the gateway reads: all certificates ever issued to sites that are out."""
+    names = sorted(path.stem for path in folder.revoked.glob("*.pub"))
+    revoked = [read_certificate(path) for name in names for path in sorted(folder.issued(name).glob("*.crt"))]
     atomic_write(folder.server / "revoked.pem", authority.revocations(revoked).public_bytes(Encoding.PEM))
 
 

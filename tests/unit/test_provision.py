@@ -169,7 +169,7 @@ def test_a_new_site_gets_its_kit_and_nothing_else_changes(tmp_path: Path):
     main(["provision", str(file)])
     after = _contents(tmp_path / "lung-study")
     changed = {name for name in after if after[name] != before.get(name) and "hospital-c" not in name}
-    assert changed == {"kits", "server/sites"}, "only folders, because they have new entries"
+    assert changed == {"authority/issued", "kits", "server/sites"}, "only folders, because they have new entries"
     assert "kits/hospital-c/node.key" in after
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedllm.cli.command import Group
-from fedllm.cli.provision import make
+from fedllm.cli.provision import make, renew, request, revoke, sign, status
 
-GROUP = Group(
-    "provision", "make what a server and its sites need from federation.toml", (make.COMMAND,), default="make"
-)
+_COMMANDS = (make.COMMAND, request.COMMAND, sign.COMMAND, revoke.COMMAND, renew.COMMAND, status.COMMAND)
+
+GROUP = Group("provision", "make what a server and its sites need from federation.toml", _COMMANDS, default="make")
