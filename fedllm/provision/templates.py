@@ -10,7 +10,7 @@ A place to fill in is ``@NAME@``, which neither shells nor systemd, Slurm, YAML 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -26,17 +26,22 @@ def deploy_folder() -> Path:
     Raises:
         ConfigError: It was not installed.
     """
-    beside = Path(fedllm.__file__).resolve().parents[1] / "deploy"
-    if (beside / _MARK).is_file():
-        return beside
+    root = Path(fedllm.__file__).resolve().parents[1]
+    for folder in (root / "deploy", *_installed(), root / "share" / "fedllm" / "deploy"):
+        if (folder / _MARK).is_file():
+            return folder
+    raise ConfigError(explain("the templates of kits are not installed", where=root, fix="Install fedllm anew."))
+
+
+def _installed() -> Iterator[Path]:
+    """Yield where the installer says it put them; `pip --target` says it wrongly and puts them beside the packages."""
     try:
-        installed = distribution("fedllm").files or []
+        files = distribution("fedllm").files or []
     except PackageNotFoundError:
-        installed = []
-    for file in installed:
-        if file.name == _MARK and file.parent.name == "deploy":
-            return Path(str(file.locate())).resolve().parent
-    raise ConfigError(explain("the templates of kits are not installed", where=beside, fix="Install fedllm anew."))
+        return
+    for file in files:
+        if file.name == _MARK:
+            yield Path(str(file.locate())).resolve().parent
 
 
 def read_template(name: str) -> str:

@@ -73,7 +73,9 @@ def _supernode(kit: Path) -> psutil.Process:
     return next(child for child in below if "flower-supernode" in " ".join(child.cmdline()))
 
 
-def test_a_site_starts_from_its_kit_survives_kills_and_stops(kit: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_site_starts_from_its_kit_survives_kills_and_is_shut_out_once_revoked(
+    kit: Path, capsys: pytest.CaptureFixture[str]
+):
     assert main(["site", "start", str(kit)]) == 0
     _wait_until(lambda: site_status(kit).phase == "connected", 60, kit)
     node = site_status(kit).node_id
@@ -99,7 +101,13 @@ def test_a_site_starts_from_its_kit_survives_kills_and_stops(kit: Path, capsys: 
     assert not psutil.wait_procs([service, *family], timeout=20)[1], "nothing of a service outlives it"
     assert main(["site", "status", str(kit)]) == 1
 
+    operator = kit.parents[1]
+    assert main(["provision", "revoke", "hospital-a", "--federation", str(operator / "federation.toml")]) == 0
+    unregister = [operator / "loopback" / "server" / "register.sh"]
+    said = subprocess.run(unregister, check=True, capture_output=True, text=True)
+    assert f"SuperNode {node} unregistered" in said.stdout
     assert main(["site", "start", str(kit)]) == 0
+    _wait_until(lambda: "not admitted" in site_status(kit).note, 60, kit)
     family = psutil.Process(site_status(kit).pid).children(recursive=True)
     assert main(["site", "stop", str(kit)]) == 0
     assert site_status(kit).sentence() == "not running"
