@@ -14,6 +14,7 @@ Where we differ: factors have normal entries, orthogonal in the mean and not to 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from fedllm.config import RunConfig
@@ -25,7 +26,7 @@ from strategies.slots import Strategy
 from strategies.works import Always
 
 NUM_HEADS = 4
-"""Heads where the config does not say."""
+"""Heads where the config does not say, or as many of them as divide the rank."""
 
 
 def ravan(config: RunConfig) -> Strategy:
@@ -34,7 +35,8 @@ def ravan(config: RunConfig) -> Strategy:
     Raises:
         ConfigError: There is one head only, or heads do not divide the rank.
     """
-    rank, num_heads = require_lora(config).rank, config.adapter.num_heads or NUM_HEADS
+    rank = require_lora(config).rank
+    num_heads = config.adapter.num_heads or math.gcd(rank, NUM_HEADS)
     if num_heads < 2 or rank % num_heads:
         expected = f"a divisor of adapter.rank={rank}, at least 2"
         raise ConfigError(

@@ -84,7 +84,7 @@ class LoraSettings(Section):
 
     num_heads: int = Field(0, ge=0, le=1024)
     """Square matrices between the two factors that strategies train which leave the factors alone: `fed-sb` has 1, `ravan`
-    2 or more, a divisor of `rank`; 0 takes 1 and 4 for those. Refused for the others, which have none."""
+    2 or more, a divisor of `rank`; 0 takes 1, and for `ravan` 4 or what of it divides the rank. Refused for the others."""
 
     @model_validator(mode="after")
     def _check_ranks(self) -> Self:

@@ -164,7 +164,7 @@ def test_what_travels_is_the_square_of_the_rank(base: LoadedBase) -> None:
         assert strategy.work.at(2).sent(layout).num_parameters == num_layers * spec.rank**2 // spec.num_heads
 
 
-@pytest.mark.parametrize("settings", [{"adapter.num_heads": 1}, {"adapter.rank": 6}])
+@pytest.mark.parametrize("settings", [{"adapter.num_heads": 1}, {"adapter.rank": 5}])
 def test_heads_that_do_not_fit_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="heads do not fit"):
         build_strategy(read_run_config({"strategy.name": "ravan", **settings}))
