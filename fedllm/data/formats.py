@@ -91,7 +91,7 @@ def to_examples(rows: list[Row], format_: str = "auto") -> tuple[list[Example], 
     examples: list[Example] = []
     num_trimmed = 0
     for row in rows:
-        row_format = FORMATS[_detect(row) if format_ == "auto" else format_]
+        row_format = FORMATS[detect(row) if format_ == "auto" else format_]
         content = _read(row, row_format)
         answered = content if isinstance(content, str) else _until_last_answer(content)
         if answered:
@@ -100,6 +100,18 @@ def to_examples(rows: list[Row], format_: str = "auto") -> tuple[list[Example], 
     if not examples:
         raise DataError(explain("no row holds an answer to learn from", found=f"{len(rows)} rows without one"))
     return examples, FormatReport(len(rows), len(rows) - len(examples), num_trimmed)
+
+
+def detect(row: Row) -> str:
+    """Return the name of the first format that a row's columns fit.
+
+    Raises:
+        DataError: It fits none.
+    """
+    for name, row_format in FORMATS.items():
+        if row_format.fits(row.values):
+            return name
+    raise _misfit(row, "any known format", [f"{name} ({_needs(each)})" for name, each in FORMATS.items()])
 
 
 def register(name: str, row_format: RowFormat) -> None:
@@ -111,13 +123,6 @@ def register(name: str, row_format: RowFormat) -> None:
     if name in FORMATS or name == "auto":
         raise ValueError(explain("a data format's name is taken", found=repr(name)))
     FORMATS[name] = row_format
-
-
-def _detect(row: Row) -> str:
-    for name, row_format in FORMATS.items():
-        if row_format.fits(row.values):
-            return name
-    raise _misfit(row, "any known format", [f"{name} ({_needs(each)})" for name, each in FORMATS.items()])
 
 
 def _read(row: Row, row_format: RowFormat) -> tuple[Message, ...] | str:

@@ -47,10 +47,9 @@ def attach_adapter(base: LoadedBase, adapter: AdapterSpec) -> PeftModel:
         if isinstance(adapter, PrefixSpec) and base.spec.gradient_checkpointing:
             raise ModelError(explain("gradient checkpointing cannot recompute a prefix", fix="Turn one of them off."))
         detach_adapter(base)
-        slot.model, slot.adapter = _wrap(base.model, adapter), adapter
+        slot.model, slot.adapter = wrap(base.model, adapter), adapter
         if base.spec.gradient_checkpointing:
-            # Without re-entrance the inputs need no gradient, and the first layers no backward pass.
-            base.model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(base.model)
     if isinstance(adapter, SoftPromptSpec):
         prompts.use_first(slot.model, adapter.num_virtual_tokens)
     layout = layout_of(slot.model)
@@ -142,7 +141,18 @@ def adapter_target_modules(model: PeftModel) -> list[str]:
     return [targets] if isinstance(targets, str) else sorted(targets)
 
 
-def _wrap(model: PreTrainedModel, adapter: AdapterSpec) -> PeftModel:
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Have a model recompute activations in the backward pass."""
+    # Without re-entrance the inputs need no gradient, and the first layers no backward pass.
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def wrap(model: PreTrainedModel, adapter: AdapterSpec) -> PeftModel:
+    """Put PEFT's modules for an adapter on a model that carries none, with whatever values.
+
+    Raises:
+        ModelError: The target modules are not in the model.
+    """
     config = _lora_config(model, adapter) if isinstance(adapter, LoraSpec) else prompts.peft_config(adapter)
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5 for a property under its old name; can go when it asks for the new one.

@@ -30,6 +30,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -57,8 +58,10 @@ __all__ = [
     "first_values",
     "layout_of",
     "load_base",
+    "load_tokenizer",
     "only_trainable",
     "read_adapter",
+    "read_architecture",
     "write_adapter",
 ]
 
@@ -134,6 +137,33 @@ def cached_base(spec: BaseSpec, *, home: Path, cache_dir: Path, device: str = "a
     It is shared: whoever attaches an adapter to it replaces the one that it carries.
     """
     return load_base(spec, home=home, cache_dir=cache_dir, device=device)
+
+
+def load_tokenizer(files: BaseFiles, *, cache_dir: Path) -> PreTrainedTokenizerBase:
+    """Load a base's tokenizer alone, as :func:`load_base` does.
+
+    Raises:
+        ModelError: It cannot be read or stored.
+    """
+    words = _tokenizer_entry(files, cache_dir)
+    with _as_model_error(files.source, "assembled"), _quiet():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(words.folder, local_files_only=True)
+    return tokenizer
+
+
+def read_architecture(files: BaseFiles) -> PretrainedConfig:
+    """Return a base's config, and read no weight.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    gguf = {"gguf_file": files.gguf_file} if files.gguf_file else {}
+    with _as_model_error(files.source, "read"), _quiet():
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            files.folder, **gguf, local_files_only=True, trust_remote_code=False
+        )
+    vars(config).pop("quantization_config", None)
+    return config
 
 
 def _device(wanted: str) -> str:

@@ -106,6 +106,13 @@ def dense_weight(layer: nn.Module) -> torch.Tensor:
     return torch.as_tensor(weight.data).float()
 
 
+def quantized_linear(weight: torch.Tensor, spec: BaseSpec, device: str) -> nn.Module:
+    """Return a linear layer without bias that holds a dense weight [O, I] as the spec says, on a device."""
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    parts = _QUANTIZERS[spec.quantization](weight, spec)
+    return _LAYERS[spec.quantization](dense, parts, COMPUTE_DTYPES[spec.compute_dtype], device)
+
+
 def _without_twins(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Keep the first name of tensors that share their memory (tied weights)."""
     first: dict[tuple[int, torch.Size], str] = {}

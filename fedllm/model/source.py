@@ -54,19 +54,20 @@ class BaseFiles:
         return self.weights[0].name if self.config is None else None
 
 
-def resolve(source: str, home: Path) -> BaseFiles:
+def resolve(source: str, home: Path, *, download: bool = True) -> BaseFiles:
     """Find the files that a source names.
 
     Args:
         source: `hf:org/name@revision`, `path:/dir` (or a `.gguf` file), or `pkg:package/relative/path`.
         home: Folder against which a relative `path:` is resolved.
+        download: Fetch what the local hub cache lacks.
 
     Raises:
         ModelError: They are missing, incomplete, or not safetensors or GGUF.
     """
     kind, _, name = source.partition(":")
     finders = {
-        "hf": lambda: _from_hub(name),
+        "hf": lambda: _from_hub(name, download),
         "path": lambda: home / Path(name).expanduser(),
         "pkg": lambda: _in_package(name),
     }
@@ -88,14 +89,21 @@ def resolve(source: str, home: Path) -> BaseFiles:
     )
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, download: bool) -> Path:
     """Download a repository's snapshot, or take it from the local cache when offline."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(HUB_PATTERNS)))
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=list(HUB_PATTERNS),
+                local_files_only=not download,
+            )
+        )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(
             explain(

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 QUICK_CALL_S = 30.0
+NO_TICKET = "fedllm-no-ticket"
 LOOPBACK = ("127.", "localhost:", "[::1]:")
 
 Progress = Callable[[int, int], None]
@@ -124,6 +125,28 @@ class UpdateClient:
             raise _mismatch(source, announced, f"{size} bytes")
         patience = Patience(self._deadline_s, self._quiet_s, self._should_stop)
         self._persist(patience, partial(self._push_once, _Sender(ticket, source, announced, self._progress), patience))
+
+    def probe(self, timeout_s: float = QUICK_CALL_S) -> None:
+        """Present a ticket that nobody issued; return when the update server itself has refused it.
+
+        That proves the way there: network, TLS, gateway and protocol. It proves nothing about real tickets.
+
+        Args:
+            timeout_s: Seconds to wait for the refusal.
+
+        Raises:
+            TransportError: Something else happened, such as no connection.
+        """
+        try:
+            with self._channel() as channel:
+                announcement = pb.Announcement(ticket=NO_TICKET)
+                Stub(channel).push_status(announcement, timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            verdict = judge(error, self.address)
+            if verdict.reason is Reason.TICKET:
+                return
+            raise verdict.error from error
+        raise TransportError(explain("a ticket that nobody issued was taken", where=self.address))
 
     def _persist(self, patience: Patience, attempt: Callable[[Stub], ResultT]) -> ResultT:
         """Make attempts, each with a new connection, until one succeeds or trying again is of no use."""
