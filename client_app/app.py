@@ -1,6 +1,7 @@
 """The ClientApp: Flower's entry point at a site.
 
-Every message becomes one call of :func:`client_app.tasks.perform`. Errors of ours go back as words, others as their class
+Every message passes :func:`client_app.gate.attend` and, where the data owner allows it, becomes one call of
+:func:`client_app.tasks.perform`. Errors of ours go back as words, others as their class
 only, since a stack trace can hold data; the whole trace stays in the site's own log.
 """
 
@@ -8,21 +9,18 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from flwr.app import Context
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
-from fedllm.errors import FedLLMError, TransportError
+from client_app.gate import attend, reason_of, write_down_unreadable
+from client_app.workplace import Workplace, open_workplace
+from fedllm.errors import FedLLMError, PolicyError, TransportError
 from fedllm.logs import set_up_logging
-from fedllm.messages import Failure, Instruction
+from fedllm.messages import AnyMessage, Failure, Instruction
 from fedllm.records import from_records, to_records
-
-if TYPE_CHECKING:
-    from client_app.tasks import Answer
-    from client_app.workplace import Workplace
+from fedllm.wire.transport import Envelope
 
 log = logging.getLogger(__name__)
 
@@ -33,32 +31,45 @@ def _answer(message: FlowerMessage, context: Context) -> FlowerMessage:
     set_up_logging()
     site = ""
     try:
-        instruction, envelope = from_records(message.content, "an instruction")
-        if not isinstance(instruction, Instruction):
-            raise TransportError(f"expected an instruction, found {instruction.kind!r}")
-        open_workplace, perform = _heavy()
+        instruction, envelope = _read(message, context)
         workplace = open_workplace(context.node_config, instruction)
         site = workplace.site
-        reply, back = perform(instruction, envelope, workplace)
+        reply, back = attend(instruction, envelope, workplace, _perform)
         return FlowerMessage(to_records(reply, back), reply_to=message)
     except FedLLMError as error:
         log.warning("%s cannot do what was asked: %s", site or "site", error)
-        failure = Failure(site=site, error=type(error).__name__, reason=str(error)[:4000])
+        failure = _failure(site, error)
     except Exception as error:
         log.exception("%s failed", site or "site")
-        reason = "an unexpected error; the site's log has the details"
-        failure = Failure(site=site, error=type(error).__name__, reason=reason)
+        failure = _failure(site, error)
     return FlowerMessage(to_records(failure), reply_to=message)
 
 
-def _heavy() -> tuple[Callable[..., Workplace], Callable[..., Answer]]:
-    """Import what brings torch along, at the first message: Flower's simulation loads this module in the server too."""
+def _read(message: FlowerMessage, context: Context) -> tuple[Instruction, Envelope]:
+    try:
+        instruction, envelope = from_records(message.content, "an instruction")
+        if not isinstance(instruction, Instruction):
+            raise TransportError(f"expected an instruction, found {instruction.kind!r}")
+    except TransportError as error:
+        write_down_unreadable(context.node_config, error)
+        raise
+    return instruction, envelope
+
+
+def _failure(site: str, error: Exception) -> Failure:
+    retry_s = error.retry_s if isinstance(error, PolicyError) else 0.0
+    return Failure(site=site, error=type(error).__name__, reason=reason_of(error), retry_s=retry_s)
+
+
+def _perform(instruction: AnyMessage, envelope: Envelope, workplace: Workplace) -> tuple[AnyMessage, Envelope | None]:
+    """Do the work. What brings torch along is imported here, when something is to be done: Flower's simulation loads this
+    module in the server too, and a refusal needs no torch.
+    """
     with warnings.catch_warnings():
         # bitsandbytes 0.50 imports a part of torch 2.13 that calls what torch deprecates.
         warnings.simplefilter("ignore", DeprecationWarning)
         from client_app.tasks import perform
-        from client_app.workplace import open_workplace
-    return open_workplace, perform
+    return perform(instruction, envelope, workplace)
 
 
 @app.query()

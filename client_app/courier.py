@@ -16,7 +16,7 @@ from client_app.choice import most_changed
 from client_app.kept import Kept
 from client_app.memory import Memory
 from client_app.site import SiteConfig
-from client_app.transports import build_transport
+from client_app.transports import build_transport, hand_over
 from client_app.variates import Variates
 from fedllm.codecs.feedback import ErrorFeedback, relative_norm
 from fedllm.codecs.payload import encode_payload, open_payload
@@ -233,7 +233,7 @@ class Courier:
 
     def push(self, update: Path) -> Envelope:
         """Deliver an encoded update; return what goes into the reply."""
-        return build_transport(self.envelope, self.owner).push(self.envelope, update)
+        return hand_over(self.instruction, self.envelope, self.owner, update)
 
     def _check_agreed(self) -> None:
         asked = self.instruction

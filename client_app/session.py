@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from client_app.attacks import simulated_attack
 from client_app.courier import Courier
+from client_app.gate import check_base, check_examples
 from client_app.progress import Progress
 from client_app.training import DriftControl, StepReport, TrainPlan, TrainResult, train
 from client_app.workplace import Workplace
@@ -236,19 +237,20 @@ def open_session(instruction: Instruction, workplace: Workplace) -> Session:
         ConfigError: The run config is wrong.
         DataError: The data cannot be read.
         ModelError: The base cannot be found or adapted.
+        PolicyError: The data owner does not allow this base, or there are too few examples.
     """
     config = instruction.read_config()
+    owner = workplace.owner
     base = cached_base(config.model, home=workplace.home, cache_dir=workplace.cache_dir, device=workplace.device)
+    if owner:
+        check_base(owner, base.fingerprint)
     adapter = fit_adapter(base, config.spec.adapter, *workplace.own_adapter(config))
     if not isinstance(config.spec.adapter, LoraSpec):
         use_first(adapter.model, config.spec.adapter.own_length(workplace.prompt_length(config)))
-    return Session(
-        workplace=workplace,
-        config=config,
-        base=base,
-        adapter=adapter,
-        data=_prepare(workplace, config, base),
-    )
+    data = _prepare(workplace, config, base)
+    if owner:
+        check_examples(owner, data.report.train.num_examples)
+    return Session(workplace=workplace, config=config, base=base, adapter=adapter, data=data)
 
 
 def _prepare(workplace: Workplace, config: RunConfig, base: LoadedBase) -> SiteData:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, Field
 
+from client_app.policy.settings import PolicySection, SharingSection
 from fedllm.config import DataConfig, validated
 from fedllm.data.sources import absolute
 from fedllm.errors import ConfigError, explain
@@ -105,9 +106,14 @@ class SiteConfig(Section):
     paths: PathsSection = PathsSection()
     hardware: HardwareSection = HardwareSection()
     transport: TransportSection = TransportSection()
+    policy: PolicySection = PolicySection()
+    sharing: SharingSection = SharingSection()
 
     home: Path
     """Folder of the file, which its relative paths count from; not a key of the file."""
+
+    file: str = "site.toml"
+    """The file's name, for messages; not a key of the file either."""
 
     def merged_data(self, run: DataConfig) -> DataConfig:
         """Return the run's data settings with the owner's in their place.
@@ -130,7 +136,7 @@ def load_site_config(path: Path) -> SiteConfig:
     values = _read_toml(path)
     _refuse_unknown_keys(values, path)
     home = path.absolute().parent
-    config = validated(SiteConfig, values | {"home": home}, str(path))
+    config = validated(SiteConfig, values | {"home": home, "file": path.name}, str(path))
     config.merged_data(DataConfig())  # refuses an unknown format here and not in the first round
     data = config.data.model_copy(update={"source": absolute(config.data.source, home)})
     paths, transport = _absolute_paths(config.paths, home), _absolute_paths(config.transport, home)

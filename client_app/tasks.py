@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from client_app.courier import LOST, Courier
 from client_app.session import Session, open_session
 from client_app.training import DriftControl
-from client_app.transports import build_transport
+from client_app.transports import hand_over
 from client_app.workplace import Workplace
 from fedllm.codecs.payload import encode_payload
 from fedllm.errors import TransportError, explain
@@ -100,7 +99,7 @@ def make_first_state(instruction: FirstStateInstruction, envelope: Envelope, wor
     path, base = workplace.state_dir / "first.payload", session.base.fingerprint
     path.parent.mkdir(parents=True, exist_ok=True)
     encode_payload(path, session.first_values(), session.layout, kind="state", round_=0, base=base, pipeline="fp32")
-    back = build_transport(envelope, workplace.owner).push(envelope, path)
+    back = hand_over(instruction, envelope, workplace.owner, path)
     path.unlink()
     return FirstStateReport(site=workplace.site), back
 
@@ -108,7 +107,7 @@ def make_first_state(instruction: FirstStateInstruction, envelope: Envelope, wor
 def train_round(instruction: TrainInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
     """Train from the global state and hand in the delta; a request that was done before is answered from disk."""
     session = open_session(instruction, workplace)
-    courier, request = session.courier(instruction, envelope), _request(instruction)
+    courier, request = session.courier(instruction, envelope), instruction.request
     done = courier.memory.finished(instruction.round, request)
     if done is None:
         update, report = _train(session, instruction, courier)
@@ -120,12 +119,6 @@ def train_round(instruction: TrainInstruction, envelope: Envelope, workplace: Wo
     back = courier.push(update)
     phases = {**report.phases, "push": time.perf_counter() - started}
     return report.model_copy(update={"phases": phases}), back
-
-
-def _request(instruction: TrainInstruction) -> str:
-    """Return a name for what is asked, the same when it is asked again."""
-    varying = {"attempt", "delivery", "reference_id", "tensors", "run_folder"}
-    return hashlib.sha256(instruction.model_dump_json(exclude=varying).encode()).hexdigest()
 
 
 def _train(session: Session, instruction: TrainInstruction, courier: Courier) -> tuple[Path, TrainReport]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+from client_app.audit.notes import Notes
 from client_app.site import SiteConfig
 from fedllm.errors import TransportError, explain
+from fedllm.messages import Instruction
 from fedllm.wire.client import UpdateClient
 from fedllm.wire.inline import InlineClientTransport
 from fedllm.wire.stream import StreamClientTransport
@@ -31,6 +34,13 @@ def build_transport(envelope: Envelope, owner: SiteConfig | None) -> ClientTrans
     if kind not in TRANSPORTS:
         raise TransportError(explain("an unknown transport", expected=f"one of {sorted(TRANSPORTS)}", found=kind))
     return TRANSPORTS[kind](owner)
+
+
+def hand_over(instruction: Instruction, envelope: Envelope, owner: SiteConfig | None, payload: Path) -> Envelope:
+    """Deliver a payload to the server and return what goes into the reply; the site's audit log has it before it leaves."""
+    if owner:
+        Notes(owner, instruction).sending(envelope, payload)
+    return build_transport(envelope, owner).push(envelope, payload)
 
 
 def _inline(owner: SiteConfig | None) -> ClientTransport:  # noqa: ARG001

@@ -6,6 +6,7 @@
     ├── ConfigError        a setting is unknown, malformed or contradicts another   (ValueError)
     ├── DataError          local data is missing, unreadable or too small           (ValueError)
     ├── ModelError         a base model cannot be found, read or adapted            (ValueError)
+    ├── PolicyError        a site's data owner does not allow what is asked         (ValueError)
     ├── AgreementError     two parties do not hold the same base, tokenizer, layout (ValueError)
     ├── UpdateError        a peer's contribution cannot be used                     (ValueError)
     │   ├── LayoutError        names, shapes or dtypes differ from the layout
@@ -21,6 +22,7 @@
     ├── TrainingError      local training cannot go on (a non-finite loss)          (RuntimeError)
     ├── QuorumError        too few usable replies, repeatedly                       (RuntimeError)
     ├── CheckpointError    a run's folder cannot be written, read or resumed        (RuntimeError)
+    ├── AuditError         a site's audit log cannot be written or read             (RuntimeError)
     └── CancelledError     the run was stopped while work was under way             (RuntimeError)
 
 A message says what was expected, what was found, where, and what to do; :func:`explain` keeps that order.
@@ -43,6 +45,21 @@ class DataError(FedLLMError, ValueError):
 
 class ModelError(FedLLMError, ValueError):
     """A base model cannot be found, read or adapted."""
+
+
+class PolicyError(FedLLMError, ValueError):
+    """A site's data owner does not allow what is asked.
+
+    Args:
+        message: What is not allowed, and by which setting.
+
+    Attributes:
+        retry_s: Seconds after which asking again can help, 0 for never.
+    """
+
+    def __init__(self, message: str, retry_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
 
 
 class AgreementError(FedLLMError, ValueError):
@@ -103,6 +120,10 @@ class QuorumError(FedLLMError, RuntimeError):
 
 class CheckpointError(FedLLMError, RuntimeError):
     """A run's folder cannot be written, read or resumed."""
+
+
+class AuditError(FedLLMError, RuntimeError):
+    """A site's audit log cannot be written or read."""
 
 
 class CancelledError(FedLLMError, RuntimeError):

@@ -1,9 +1,12 @@
-"""Files that are either old or new, never half-written."""
+"""Files that are either old or new, never half-written, and locks between processes."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -33,6 +36,21 @@ def atomic_write(path: Path, content: bytes | str, *, durable: bool = True, mode
         raise
     if durable:
         sync_folder(path.parent)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, waiting for whoever holds it; the system lets go when a process ends, however it ends.
+
+    Args:
+        path: The lock file, made where there is none, readable by its owner alone; its folder exists.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ Each instruction is complete in itself, because Flower starts a new process for 
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -141,6 +142,7 @@ class TrainInstruction(StateInstruction):
         last_folded: The last round of the same work in which this site's update was folded, 0 for none: what it may
             forget.
         site_index: The site's number among the sites asked, for round-robin codecs.
+        num_sites: Sites asked in this round, this one included; 0 where the server does not say.
     """
 
     kind: Literal["train"] = "train"
@@ -148,14 +150,22 @@ class TrainInstruction(StateInstruction):
     attempt: int = Field(ge=1)
     last_folded: int = Field(0, ge=0)
     site_index: int = Field(0, ge=0)
+    num_sites: int = Field(0, ge=0)
     first_step: int = Field(ge=0)
+
+    @property
+    def request(self) -> str:
+        """A name for what is asked, the same when it is asked again; 64 hexadecimal digits."""
+        varying = {"attempt", "delivery", "reference_id", "tensors", "run_folder", "num_sites"}
+        return hashlib.sha256(self.model_dump_json(exclude=varying).encode()).hexdigest()
 
 
 class TrainReport(Message):
     """A site's account of its training; the delta travels beside it.
 
     Attributes:
-        loss: Mean loss over the round's target tokens.
+        loss: Mean loss over the round's target tokens. It, `loss_last` and `grad_norm` are None where the site's data
+            owner does not share them.
         residual_norm: Norm of what error feedback keeps back, over the norm of the update; 0 without.
         tensors: Names of the tensors that the site chose to send, empty where it has no choice.
         num_virtual_tokens: How many virtual tokens of a soft prompt the site used, the first ones; 0 for all.
@@ -168,9 +178,9 @@ class TrainReport(Message):
     num_examples: int = Field(ge=1)
     num_tokens: int = Field(ge=1)
     num_steps: int = Field(ge=1)
-    loss: Finite
-    loss_last: Finite
-    grad_norm: Finite
+    loss: Finite | None
+    loss_last: Finite | None
+    grad_norm: Finite | None
     seconds: Finite
     residual_norm: Finite = 0.0
     tensors: tuple[str, ...] = ()
@@ -266,12 +276,14 @@ class Failure(Message):
     Attributes:
         error: Class of the error, for example ``DataError``.
         reason: What happened, in words that hold no data content.
+        retry_s: Seconds after which asking again can help, 0 for never.
     """
 
     kind: Literal["failure"] = "failure"
     site: str
     error: str
     reason: str = Field(max_length=4000)
+    retry_s: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
 AnyMessage = Annotated[

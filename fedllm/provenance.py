@@ -33,13 +33,24 @@ def own_project() -> Mapping[str, Any]:
     return found if found and {"name", "version"} <= found.keys() else {"name": "fedllm"}
 
 
+def own_app() -> str:
+    """Return ``publisher/name`` of the Flower app that this copy of fedllm belongs to, as it states itself."""
+    found = _table(Path(__file__).parents[1])
+    app = found.get("tool", {}).get("flwr", {}).get("app", {})
+    return f"{app.get('publisher', 'unknown')}/{found.get('project', {}).get('name', 'unknown')}"
+
+
 def project(folder: Path) -> Mapping[str, Any] | None:
     """Return the ``[project]`` table of a folder's ``pyproject.toml``, None where there is no readable one."""
-    try:
-        table = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8")).get("project")
-    except (OSError, ValueError):
-        return None
+    table = _table(folder).get("project")
     return table if isinstance(table, dict) else None
+
+
+def _table(folder: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def git_revision(folder: Path) -> str | None:

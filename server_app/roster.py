@@ -20,8 +20,9 @@ GRACE_S = 60.0
 """Seconds to wait for slower sites once enough have joined."""
 
 AGAIN_S = 5.0
-"""Seconds until a node is greeted again that a greeting did not reach, or whose ClientApp died of it. A SuperNode that was
-started anew counts as absent until its old heartbeat has run out, up to a minute."""
+"""Fewest seconds until a node is greeted again: one that a greeting did not reach, or whose ClientApp died of it, and one
+that says when it can take part. A SuperNode that was started anew counts as absent until its old heartbeat has run out, up
+to a minute."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Member:
 
 
 class Roster:
-    """Sites by name. A site that joins later is asked the same questions as the first ones.
+    """Sites by name. A site that joins later is asked the same questions as the first ones, and one that cannot take part
+    for now is asked again when it said that it can.
 
     Args:
         exchange: The way to the sites.
@@ -57,7 +59,7 @@ class Roster:
         self._on_left_out = on_left_out
         self._pending: dict[str, int] = {}
         self._asked: set[int] = set()
-        self._unreached: dict[int, float] = {}
+        self._resting_until: dict[int, float] = {}
         self._waiting: dict[int, Introduction] = {}
         self._reasons: dict[str, str] = {}
         self._fixed_sites = fixed_sites
@@ -113,7 +115,7 @@ class Roster:
 
     def _resting(self) -> set[int]:
         now = time.monotonic()
-        return {node for node, since in self._unreached.items() if now - since < AGAIN_S}
+        return {node for node, until in self._resting_until.items() if now < until}
 
     def _take(self, reply: Reply) -> None:
         message = reply.message
@@ -121,13 +123,18 @@ class Roster:
             self._waiting[reply.node] = message
             self._reasons.pop(f"node {reply.node}", None)
         elif isinstance(message, Failure) and message.error == "FlowerError" and not self._fixed_sites:
-            self._asked.discard(reply.node)
-            self._unreached[reply.node] = time.monotonic()
+            self._greet_later(reply.node, AGAIN_S)
             self._leave_out(f"node {reply.node}", f"{message.error}: {message.reason}; it is greeted again")
         elif isinstance(message, Failure):
             self._leave_out(message.site or f"node {reply.node}", f"{message.error}: {message.reason}")
+            if message.retry_s:
+                self._greet_later(reply.node, max(message.retry_s, AGAIN_S))
         else:
             self._leave_out(f"node {reply.node}", f"it answered {message.kind!r} to a greeting")
+
+    def _greet_later(self, node: int, seconds: float) -> None:
+        self._asked.discard(node)
+        self._resting_until[node] = time.monotonic() + seconds
 
     def _settle(self) -> None:
         """Decide what the federation holds, once, and let in who agrees."""
@@ -153,6 +160,7 @@ class Roster:
             self._leave_out(f"{message.site} (node {node})", f"another node already takes part as {message.site!r}")
             return
         self.members[message.site] = Member(node, message)
+        self._reasons.pop(message.site, None)
 
     def _leave_out(self, site: str, reason: str) -> None:
         if self._reasons.get(site) == reason:

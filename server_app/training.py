@@ -131,6 +131,7 @@ def _dialogue(federation: Federation, starts: Mapping[str, Start], round_: int, 
                 "attempt": attempt,
                 "last_folded": folded.get(site, 0),
                 "site_index": order.index(site),
+                "num_sites": len(order),
                 "first_step": (round_ - 1) * federation.config.train.local_steps,
                 "work": work,
             }
@@ -260,7 +261,8 @@ def _moved(
             reply = accepted[site]
             weight = _weight(federation.config.strategy.weighting, reply.report)
             payload = kept.enter_context(_spooled(arriving, reply))
-            contribution = Contribution(site, weight, {"loss": reply.report.loss}, arriving.ranks[site])
+            measured = {} if reply.report.loss is None else {"loss": reply.report.loss}
+            contribution = Contribution(site, weight, measured, arriving.ranks[site])
             aggregation.fold(arriving.in_full(payload, reply.report), contribution)
             if not aggregation.reads_until_finish:
                 kept.close()
@@ -322,14 +324,14 @@ def _grouping_event(outcome: Outcome) -> dict[str, object]:
 
 
 def _mean_loss(reports: Iterable[TrainReport]) -> float | None:
-    rows = [(report.loss, report.num_tokens) for report in reports]
+    rows = [(report.loss, report.num_tokens) for report in reports if report.loss is not None]
     total = sum(tokens for _, tokens in rows)
     return math.fsum(loss * tokens for loss, tokens in rows) / total if total else None
 
 
 def _site_numbers(report: TrainReport) -> dict[str, object]:
     return {
-        "loss": report.loss,
+        "loss": math.nan if report.loss is None else report.loss,
         "weight": report.num_examples,
         "num_tokens": report.num_tokens,
         "num_steps": report.num_steps,

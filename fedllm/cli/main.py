@@ -15,7 +15,7 @@ from fedllm.cli import config, generate, merge, report, runs
 from fedllm.cli.command import Command, Group, add_commands
 from fedllm.cli.provision import group as provision
 from fedllm.cli.site import group as site
-from fedllm.errors import CancelledError, FedLLMError, QuorumError, TrainingError, TransportError
+from fedllm.errors import AuditError, CancelledError, FedLLMError, QuorumError, TrainingError, TransportError
 from fedllm.provenance import versions
 
 COMMANDS: tuple[Command | Group, ...] = (
@@ -30,7 +30,7 @@ COMMANDS: tuple[Command | Group, ...] = (
 """The subcommands, in the order of the help."""
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
-_FAILURES = (TransportError, TrainingError, QuorumError, CancelledError)
+_FAILURES = (AuditError, TransportError, TrainingError, QuorumError, CancelledError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,10 +24,12 @@ def test_the_example_file_is_valid_and_shows_every_key_with_its_default():
         SiteConfig.model_validate({"site": {"name": "a"}, "data": {"source": "file:a"}, "home": "/"}),
     )
     config = load_site_config(EXAMPLE)
-    for section in ("site", "data", "paths", "hardware"):
+    for section in ("site", "data", "paths", "hardware", "policy", "sharing"):
         for key in type(getattr(config, section)).model_fields:
             assert f"\n{key} = " in shown, f"{section}.{key} is not shown"
     assert config.hardware == minimal.hardware
+    assert config.policy == minimal.policy
+    assert config.sharing == minimal.sharing
     assert config.data.format == minimal.data.format
     assert config.data.max_train_examples == minimal.data.max_train_examples
     assert config.paths.state_dir == EXAMPLE.parent / minimal.paths.state_dir

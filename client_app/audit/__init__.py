@@ -1,0 +1,1 @@
+"""What came to the site and what left it, written down so that a change shows."""
