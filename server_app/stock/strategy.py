@@ -33,7 +33,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedllm.config import RunConfig, Scalar, read_run_config
-from fedllm.errors import ConfigError, QuorumError, UpdateError, explain
+from fedllm.errors import ConfigError, LayoutError, QuorumError, UpdateError, explain
 from fedllm.update import Arrays, Contribution, Layout
 from server_app.stock import records
 from server_app.stock.limits import check_settings, check_strategy, check_work
@@ -103,7 +103,11 @@ class StockStrategy(FlowerStrategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Make the next global arrays of a round's replies; without enough usable ones there are none."""
+        """Make the next global arrays of a round's replies; without enough usable ones there are none.
+
+        Raises:
+            LayoutError: The strategy needs pairs of LoRA factors, and the arrays are not named as such.
+        """
         standing = self._standing
         assert standing is not None, "configure_train comes first"
         assert standing.round == server_round, "replies belong to the round that was configured"
@@ -113,6 +117,8 @@ class StockStrategy(FlowerStrategy):
             return None, None
         try:
             delta, measured = self._aggregated(standing, usable)
+        except LayoutError:  # not a reply's fault: the strategy and the app's arrays do not go together
+            raise
         except UpdateError as error:
             log.warning("the updates cannot be aggregated, the arrays stay as they were: %s", error)
             return None, None

@@ -200,6 +200,13 @@ def test_arrays_that_do_not_fit_the_settings_are_refused_before_anything_is_sent
         strategy_of().configure_train(1, ArrayRecord(), ConfigRecord(), grid)
 
 
+def test_a_strategy_of_products_needs_arrays_named_as_pairs() -> None:
+    other = {name.replace(".weight", ".default.weight"): value for name, value in ZEROS.items()}
+    replies = [{"arrays": to_record(other), "metrics": MetricRecord({"num-examples": 1})} for _ in range(2)]
+    with pytest.raises(LayoutError, match="do not fit each other"):
+        one_round(strategy_of(**{"strategy.name": "flexlora"}), grid_of(*replies), other)
+
+
 def test_arrays_must_stay_the_same_from_round_to_round() -> None:
     strategy, grid = strategy_of(), grid_of(good(1.0), good(1.0))
     one_round(strategy, grid)
