@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+from benchmarks.simulation import DEMO_SITES, demo_settings
 from fedllm.config import RunConfig, Scalar, flatten, read_run_config
 from fedllm.errors import ConfigError
 from strategies.compatibility import check_compatibility
 from strategies.registry import RECIPES, build_strategy
 
 Settings = dict[str, Scalar]
-
-_DEMO = Path(__file__).parents[2] / "deploy" / "demo" / "settings.toml"
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Task:
     num_rounds: int
     local_steps: int
     personal_steps: int
-    settings: Mapping[str, Scalar]
+    settings: Mapping[str, Any]
 
     def config(self, choice: Mapping[str, Scalar], seed: int) -> RunConfig:
         """Return the run config of one run.
@@ -58,21 +56,13 @@ class Task:
         return config
 
 
-def _demo_settings() -> Settings:
-    return {
-        f"{section}.{name}": value
-        for section, values in tomllib.loads(_DEMO.read_text()).items()
-        for name, value in values.items()
-    }
-
-
 _DEMO_TASK = Task(
-    num_sites=4,
+    num_sites=DEMO_SITES,
     num_rounds=3,
     local_steps=4,
     personal_steps=2,
     settings={
-        **_demo_settings(),
+        **demo_settings(),
         "data.max_holdout_examples": 12,
         "train.batch_size": 1,
         "evaluation.local_only": False,
