@@ -152,7 +152,7 @@ class Session:
 
         Args:
             start: Where to start.
-            part: The tensors to train; the others stay as they are.
+            part: The tensors to train; the others stay as they are, and so do side factors, which nobody trains.
             first_step: Index of the first step among all steps of the federation.
             num_steps: Steps to take.
             round_: The round, for the draws.
@@ -161,6 +161,7 @@ class Session:
             drift: What keeps the steps from drifting, None for nothing.
             truncated: Train without what is not the site's part.
         """
+        part = part.only([name for name in part.names if name in self.adapter.own_layout])
         self.adapter.write(start, truncated=truncated)
         drawn = rng.derive(self.config.seed, round_, self.workplace.site, "training")
         plan = self._plan(first_step, num_steps, total_steps or self.config.total_steps, drawn)

@@ -20,7 +20,7 @@ from benchmarks.strategies.task import TASKS, Task, choices, refusal
 from strategies.registry import RECIPES
 from tests.site_handlers import TINY, make_home
 
-NAMES = ("fedavg", "ffa-lora", "fedsa-lora", "geometric-median")
+NAMES = ("fedavg", "ffa-lora", "fedsa-lora", "fedex")
 SHOWN = {"num_sites": 3, "num_rounds": 2, "local_steps": 2, "personal_steps": 1, "seeds": [5]}
 
 
@@ -63,6 +63,7 @@ def test_a_run_measures_what_its_strategy_is_about(outcome: dict[str, Any]) -> N
     rows = outcome["strategies"]
     assert rows.keys() == set(NAMES)
     assert rows["ffa-lora"]["exactness_error"] < 1e-6 < rows["fedavg"]["exactness_error"] < 1
+    assert rows["fedex"]["exactness_error"] < 1e-6, "its side factors are part of what sites apply"
     assert rows["fedsa-lora"]["exactness_error"] is None
     assert 0.3 < rows["ffa-lora"]["bytes_up"] / rows["fedavg"]["bytes_up"] < 0.7
     for row in rows.values():
