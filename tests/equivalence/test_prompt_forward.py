@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from fedllm.data.sequences import Sequence
-from fedllm.model.adapter import _wrap
+from fedllm.model.adapter import wrap
 from fedllm.model.batch import Arrangement, collate, target_logits
 from fedllm.model.evaluate import evaluate_loss
 from fedllm.model.generate import answer, without_adapter
@@ -172,7 +172,7 @@ def test_sliding_windows_survive_packing_with_a_prompt(adapter: SoftPromptSpec) 
         attn_implementation="sdpa",
     )
     torch.manual_seed(0)
-    model = _wrap(AutoModelForCausalLM.from_config(config).eval(), adapter).eval()
+    model = wrap(AutoModelForCausalLM.from_config(config).eval(), adapter).eval()
     with torch.no_grad():
         alone = torch.cat([by_peft(model, part) for part in PARTS])
     torch.testing.assert_close(logits(model, *ROWS), alone, rtol=1e-4, atol=1e-4)

@@ -157,7 +157,8 @@ def test_a_norm_bound_shrinks_what_is_larger(cohort: tuple[int, int], bound: str
     limit = None if bound == "median" else float(bound)
     assert_near(found, plain_norm_bound(rows, np.array(weights, float), limit))
     lengths = np.linalg.norm(rows, axis=1)
-    assert measured["sites_scaled"] == (lengths > measured["norm_bound"]).sum()
+    clearly, perhaps = ((lengths > measured["norm_bound"] * (1 + slack)).sum() for slack in (1e-9, -1e-9))
+    assert clearly <= measured["sites_scaled"] <= perhaps
     assert (measured["norm_min"], measured["norm_max"]) == pytest.approx((lengths.min(), lengths.max()))
 
 

@@ -130,7 +130,7 @@ def test_a_deployed_site_that_is_sent_an_attack_works_as_usual(home: Path, tmp_p
         owner = tmp_path / f"{name}.toml"
         owner.write_text(
             f'[site]\nname = "clinic"\n[data]\nsource = "file:{home / "data.jsonl"}"\n'
-            f'[paths]\nstate_dir = "{name}"\ncache_dir = "{home / "cache"}"\n'
+            f'[paths]\nstate_dir = "{name}"\ncache_dir = "{home / "cache"}"\n[policy]\nmin_sites = 1\n'
         )
         attacked = {"simulation.attack": name, "simulation.num_attackers": int(name != "none")}
         few: dict[str, Scalar] = {"num_rounds": 1, "rounds.min_sites": 1, "model.source": f"path:{home / 'model'}"}
