@@ -70,8 +70,9 @@ wheelhouse: install  ## Collect every package that the container images and air-
 	$(PIP) wheel -q -w wheelhouse --no-deps -r deploy/demo/packages.txt
 	$(PIP) wheel -q -w wheelhouse --find-links wheelhouse -c constraints.txt '.[site]'
 
-images:  ## Build the container images from the wheelhouse
+images: install  ## Build the container images from the wheelhouse
 	test -d wheelhouse || $(MAKE) wheelhouse
+	$(PIP) wheel -q -w wheelhouse --no-deps .
 	docker build -q -t fedllm-server -f deploy/images/Dockerfile --build-arg BASE=$(BASE) --build-arg EXTRA=server .
 	docker build -q -t fedllm-site -f deploy/images/Dockerfile --build-arg BASE=$(BASE) --build-arg EXTRA=site \
 		--build-arg PACKAGES="$$(grep -v '^#' deploy/demo/packages.txt | tr '\n' ' ')" .

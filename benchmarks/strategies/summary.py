@@ -55,6 +55,7 @@ def page(outcome: Mapping[str, Any], command: str) -> str:
         base_loss=f"{outcome['base_loss']:.3f}",
         rows="\n".join(lines),
         left_out=_left_out(outcome),
+        machine=_described(outcome["machine"]),
     )
 
 
@@ -76,6 +77,11 @@ def _line(name: str, result: Row) -> str:
         f"{result['exactness_error']:.0e}" if result.get("exactness_error") is not None else "",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _described(machine: Mapping[str, Any]) -> str:
+    releases = ", ".join(f"{name} {release}" for name, release in machine["versions"].items())
+    return f"{machine['processor']}, {machine['cores']} cores; {releases}"
 
 
 def _left_out(outcome: Mapping[str, Any]) -> str:
@@ -110,7 +116,7 @@ _PAGE = """# Strategies beside each other
 
 `{command}`: {num_sites} sites with topics of their own, SmolLM2-135M-Instruct in NF4, LoRA rank 8, {num_rounds} rounds of
 {local_steps} steps; seeds {seeds}. The loss of the base is {base_loss}. Means over seeds; losses in nats per held-out
-token.
+token. Measured on {machine}.
 
 ![Held-out losses by strategy](strategies.svg)
 

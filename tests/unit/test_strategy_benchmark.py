@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks.common import machine
 from benchmarks.strategies.__main__ import measure
 from benchmarks.strategies.kept import Kept
 from benchmarks.strategies.plot import drawing
@@ -21,7 +22,14 @@ from strategies.registry import RECIPES
 from tests.site_handlers import TINY, make_home
 
 NAMES = ("fedavg", "ffa-lora", "fedsa-lora", "fedex")
-SHOWN = {"num_sites": 3, "num_rounds": 2, "local_steps": 2, "personal_steps": 1, "seeds": [5]}
+SHOWN = {
+    "num_sites": 3,
+    "num_rounds": 2,
+    "local_steps": 2,
+    "personal_steps": 1,
+    "seeds": [5],
+    "machine": machine(),
+}
 
 
 def tiny_task(folder: Path) -> Task:
