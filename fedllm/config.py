@@ -181,6 +181,16 @@ class RoundsConfig(Section):
     """Once `min_sites` usable replies are in, wait so many seconds more for the others and then close the round; 0 waits
     for all until the deadline."""
 
+    buffer_size: int = Field(0, ge=0)
+    """Let the server move as soon as so many updates are in (FedBuff, arXiv 2106.06639): sites train on and on, each from
+    the newest state at the time, and a round ends when the buffer is full. 0 for rounds that all sites start together."""
+
+    max_staleness: int = Field(10, ge=0)
+    """Rounds that a buffered update may be late; a later one is dropped."""
+
+    staleness_exponent: float = Field(0.5, ge=0)
+    """A buffered update that is tau rounds late is scaled by (1 + tau) to the minus this power; 0 does not scale."""
+
     resends: int = Field(1, ge=0)
     """Times a site is asked again within a round after its reply was lost or it lacked the state."""
 

@@ -153,12 +153,14 @@ class Contribution:
         weight: Aggregation weight before normalisation, usually the number of training examples; positive.
         metrics: Small named numbers for people to look at.
         rank: Components that the site trained of a LoRA adapter, 0 for all.
+        staleness: How many times the server has moved since the state that the site trained from.
     """
 
     site: str
     weight: float
     metrics: Mapping[str, float]
     rank: int = 0
+    staleness: int = 0
 
 
 def taken(arrays: Mapping[str, NDArray[np.float32]], layout: Layout) -> Arrays:

@@ -52,24 +52,31 @@ class Dialogue:
         self._federation, self._starts = federation, starts
         self._round, self._make, self._with_update = round_, make, with_update
         self._resends: dict[str, int] = {}
+        self._asked: dict[int, tuple[str, Member]] = {}
         self.bytes_down = 0
 
     def ask(self, sites: Mapping[str, Member], deadline: Deadline) -> Iterator[tuple[str, Reply]]:
         """Send to all and yield each site's answer as it comes; a site that stays silent yields nothing."""
-        names = {member.node: name for name, member in sites.items()}
-        pending = self._send(sites)
+        pending = self.send(sites)
         for reply in self._federation.exchange.replies(pending, deadline):
-            site = names[reply.node]
-            if self._is_worth_asking_again(site, reply):
-                pending |= self._send({site: sites[site]})
-                continue
-            if not isinstance(reply.message, Failure):
-                self._federation.broadcaster.confirm(site, self._starts[site].broadcast.state_id)
-            yield site, reply
+            if (site := self.settle(reply, pending)) is not None:
+                yield site, reply
 
-    def _send(self, sites: Mapping[str, Member]) -> dict[str, int]:
+    def send(self, sites: Mapping[str, Member]) -> dict[str, int]:
+        """Send to all and return each node by message id."""
+        self._asked |= {member.node: (name, member) for name, member in sites.items()}
         messages = {member.node: self._message(name) for name, member in sites.items()}
         return self._federation.exchange.send(messages, group=f"round-{self._round}")
+
+    def settle(self, reply: Reply, pending: dict[str, int]) -> str | None:
+        """Return whose answer a reply is, or None where the site was asked again, which is then in `pending`."""
+        site, member = self._asked[reply.node]
+        if self._is_worth_asking_again(site, reply):
+            pending |= self.send({site: member})
+            return None
+        if not isinstance(reply.message, Failure):
+            self._federation.broadcaster.confirm(site, self._starts[site].broadcast.state_id)
+        return site
 
     def _message(self, site: str) -> tuple[StateInstruction, Envelope]:
         federation, transport = self._federation, self._federation.config.transport

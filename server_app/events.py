@@ -74,6 +74,8 @@ class SiteRound(_Part):
     num_tokens: int = 0
     num_steps: int = 0
     seconds: float = 0.0
+    staleness: int = 0
+    """Rounds that had passed since the one that the site was asked in."""
     note: str = ""
     """What the site says a person should know."""
 

@@ -83,6 +83,7 @@ class Exchange:
         self._grid = grid
         self._poll_s = poll_s
         self._late: dict[str, int] = {}
+        self._watched: list[dict[str, int]] = []
 
     def online(self) -> set[int]:
         """Return the ids of the nodes that Flower sees now."""
@@ -95,6 +96,8 @@ class Exchange:
             instructions: Instruction and transport's part, by node id.
             group: Flower's group id, for its logs.
         """
+        if not instructions:
+            return {}
         nodes = list(instructions)
         messages = [
             FlowerMessage(to_records(*instructions[node]), node, _TYPES[_kind(instructions[node][0])], group_id=group)
@@ -132,10 +135,25 @@ class Exchange:
         """Yield replies to messages whose time had passed, so that they can be named and dropped."""
         yield from self.pull(self._late)
 
+    def watch(self, pending: dict[str, int]) -> None:
+        """Count the nodes of `pending` as at work for as long as they are in it; :meth:`give_up` ends it."""
+        self._watched.append(pending)
+
+    def give_up(self, pending: dict[str, int]) -> None:
+        """Wait no longer: what is left in `pending` counts as late."""
+        self._watched = [other for other in self._watched if other is not pending]
+        self._late.update(pending)
+        pending.clear()
+
+    @property
+    def at_work(self) -> set[int]:
+        """Nodes whose reply is still waited for, over the end of a round."""
+        return {node for pending in self._watched for node in pending.values()}
+
     @property
     def busy(self) -> set[int]:
-        """Nodes that still owe a reply from an earlier round."""
-        return set(self._late.values())
+        """Nodes that still owe a reply, waited for or not."""
+        return set(self._late.values()) | self.at_work
 
 
 def _kind(instruction: Instruction) -> str:

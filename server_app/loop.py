@@ -11,9 +11,10 @@ import logging
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 from fedllm.codecs.pipeline import parse
 from fedllm.errors import FedLLMError, QuorumError, explain
@@ -22,6 +23,7 @@ from fedllm.messages import Introduction
 from fedllm.model.export import save_peft_adapter
 from fedllm.update import Layout, digest_arrays, taken
 from fedllm.work import common_of
+from server_app.buffered import AsynchronousTraining
 from server_app.checkpoint import RunState, save_checkpoint
 from server_app.evaluation import Scores, ask_prompt, evaluate, local_only, personalised
 from server_app.federation import Federation
@@ -103,7 +105,7 @@ class Loop:
         config = self.federation.config
         round_ = state.round + 1
         for attempt in range(1, config.rounds.max_attempts + 1):
-            moved = train_round(self.federation, state, round_, attempt)
+            moved = self._train(state, round_, attempt)
             if moved is not None:
                 self._save(moved)
                 if round_ % config.evaluation.every == 0 or round_ == config.num_rounds:
@@ -121,6 +123,13 @@ class Loop:
                 fix=fix,
             )
         )
+
+    @cached_property
+    def _train(self) -> Callable[[RunState, int, int], RunState | None]:
+        """What runs one attempt at a round."""
+        if self.federation.strategy.buffer is None:
+            return partial(train_round, self.federation)
+        return AsynchronousTraining(self.federation).train_round
 
     def _save(self, state: RunState) -> None:
         self.federation.recorder.sync()

@@ -92,8 +92,10 @@ class Roster:
         self._settle()
 
     def available(self) -> dict[str, Member]:
-        """Return the members that Flower sees now; those that owe a late reply only if no other is there."""
-        online = self._exchange.online()
+        """Return the members that Flower sees now and that are not at work; those that owe a late reply only if no other is
+        there.
+        """
+        online = self._exchange.online() - self._exchange.at_work
         present = {name: member for name, member in sorted(self.members.items()) if member.node in online}
         free = {name: member for name, member in present.items() if member.node not in self._exchange.busy}
         return free or present

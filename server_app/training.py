@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fedllm.codecs.payload import PayloadReader
 from fedllm.errors import FedLLMError, TransportError, UpdateError, explain
 from fedllm.messages import Failure, TrainInstruction, TrainReport
 from fedllm.update import Contribution
@@ -28,19 +27,33 @@ from server_app.federation import Federation, Stopwatch
 from server_app.groups import by_group, divided, joined, measured_together
 from server_app.roster import Member
 from strategies.parts import check_length
-from strategies.slots import Measurements, Origin
+from strategies.slots import Measurements, Origin, UpdateSource
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """A usable reply."""
+    """A usable reply.
+
+    Attributes:
+        site: Whose it is.
+        report: Its account.
+        payload: Its update.
+        num_bytes: Size of that.
+        arriving: What opens it; of a late reply, that of the round in which the site was asked.
+    """
 
     site: str
     report: TrainReport
     payload: Path
     num_bytes: int
+    arriving: Arrivals
+
+    @property
+    def start(self) -> Start:
+        """What the site trained from."""
+        return self.arriving.starts[self.site]
 
 
 @dataclass
@@ -95,17 +108,17 @@ def train_round(federation: Federation, state: RunState, round_: int, attempt: i
     try:
         with watch.phase("broadcast"):
             starts = federation.broadcaster.starts(state, chosen)
-        dialogue = _dialogue(federation, starts, round_, attempt)
+        dialogue = training_dialogue(federation, starts, round_, attempt)
         arriving = arrivals(federation, state, starts, round_)
         with watch.phase("train"):
             harvest = _collect(federation, arriving, chosen, dialogue)
         outcome = Outcome(None)
         if len(harvest.accepted) >= federation.config.rounds.min_sites:
             with watch.phase("aggregate"):
-                outcome = _aggregate(federation, state, arriving, harvest.accepted)
+                outcome = aggregate(federation, state, harvest.accepted)
     finally:
         federation.transport.close_round(round_)
-    federation.recorder.record(_event(harvest, round_, attempt, chosen, watch, outcome, dialogue.bytes_down))
+    federation.recorder.record(round_event(harvest, round_, attempt, chosen, watch, outcome, dialogue.bytes_down))
     if outcome.moved is not None and outcome.moved.groups != state.groups:
         federation.recorder.record(_grouping_event(outcome))
     return outcome.moved
@@ -119,7 +132,25 @@ def _select(federation: Federation, round_: int, attempt: int) -> dict[str, Memb
     return {name: available[name] for name in names}
 
 
-def _dialogue(federation: Federation, starts: Mapping[str, Start], round_: int, attempt: int) -> Dialogue:
+def training_dialogue(
+    federation: Federation,
+    starts: Mapping[str, Start],
+    round_: int,
+    attempt: int = 1,
+    *,
+    window: int | None = None,
+    taken: Callable[[str], int] = lambda _: 0,
+) -> Dialogue:
+    """Return the question to train from these states.
+
+    Args:
+        federation: What the phases share.
+        starts: States by site.
+        round_: The round.
+        attempt: The attempt.
+        window: The transport's number of the round, None for the round's own.
+        taken: Returns the round of a site's update that is accepted but not folded yet, 0 where there is none.
+    """
     work, order = federation.strategy.work.at(round_), sorted(starts)
     folded = _last_folded(federation, work)
 
@@ -129,7 +160,7 @@ def _dialogue(federation: Federation, starts: Mapping[str, Start], round_: int, 
                 **common,
                 "round": round_,
                 "attempt": attempt,
-                "last_folded": folded.get(site, 0),
+                "last_folded": max(folded.get(site, 0), taken(site)),
                 "site_index": order.index(site),
                 "num_sites": len(order),
                 "first_step": (round_ - 1) * federation.config.train.local_steps,
@@ -137,15 +168,19 @@ def _dialogue(federation: Federation, starts: Mapping[str, Start], round_: int, 
             }
         )
 
-    return Dialogue(federation, starts, round_, make, with_update=True)
+    return Dialogue(federation, starts, round_ if window is None else window, make, with_update=True)
 
 
 def _last_folded(federation: Federation, work: ClientWork) -> dict[str, int]:
-    """Return the last round of this work in which each site's update was folded."""
+    """Return the last round of this work that each site trained in and whose update was folded."""
     works = federation.strategy.work
     rounds = [event for event in federation.recorder.events if event["event"] == "round"]
     alike = [event for event in rounds if works.at(event["round"]) == work]
-    return {site: event["round"] for event in alike for site in event["participants"]}
+    return {
+        site: event["round"] - event["sites"].get(site, {}).get("staleness", 0)
+        for event in alike
+        for site in event["participants"]
+    }
 
 
 def _collect(federation: Federation, arriving: Arrivals, chosen: Mapping[str, Member], dialogue: Dialogue) -> Harvest:
@@ -157,7 +192,7 @@ def _collect(federation: Federation, arriving: Arrivals, chosen: Mapping[str, Me
     deadline = Deadline(rounds.deadline_s)
     wanted = federation.strategy.sampler.num_wanted(len(federation.roster.available()) or len(chosen))
     for site, reply in dialogue.ask(chosen, deadline):
-        _take(federation, arriving, harvest, reply, site)
+        take(federation, arriving, harvest, reply, site, window=arriving.round)
         if len(harvest.accepted) >= min(wanted, len(chosen)) < len(chosen):
             break
         if rounds.grace_s and len(harvest.accepted) >= rounds.min_sites:
@@ -171,15 +206,25 @@ def _collect(federation: Federation, arriving: Arrivals, chosen: Mapping[str, Me
     return harvest
 
 
-def _take(federation: Federation, arriving: Arrivals, harvest: Harvest, reply: Reply, site: str) -> None:
+def take(federation: Federation, arriving: Arrivals, harvest: Harvest, reply: Reply, site: str, *, window: int) -> None:
+    """Check one reply to the request to train, and note it as accepted or rejected.
+
+    Args:
+        federation: What the phases share.
+        arriving: What opens the updates of the round in which the site was asked.
+        harvest: Where to note it.
+        reply: The reply.
+        site: Whose it is.
+        window: The transport's number of that round.
+    """
     try:
         report = _checked_report(reply, site, arriving.round)
         adapter, fewest = arriving.starts[site].state.layout, federation.config.adapter.min_virtual_tokens
         check_length(adapter, report.num_virtual_tokens, fewest)
-        path = federation.transport.receive(round_=arriving.round, site=site, reply=reply.envelope)
+        path = federation.transport.receive(round_=window, site=site, reply=reply.envelope)
         with arriving.open(path, report) as payload:
             payload.verify()
-            harvest.accepted[site] = Accepted(site, report, path, payload.num_bytes)
+            harvest.accepted[site] = Accepted(site, report, path, payload.num_bytes, arriving)
     except FedLLMError as error:
         harvest.reject(site, f"{type(error).__name__}: {error}")
 
@@ -207,13 +252,16 @@ def _checked_report(reply: Reply, site: str, round_: int) -> TrainReport:
     return message
 
 
-def _aggregate(
-    federation: Federation, state: RunState, arriving: Arrivals, accepted: Mapping[str, Accepted]
-) -> Outcome:
+def aggregate(federation: Federation, state: RunState, accepted: Mapping[str, Accepted]) -> Outcome:
     """Move the global state of every group along its sites' updates, after finding the groups where that is due."""
+    broadcasts = [federation.broadcaster.prepare(branch) for branch in state.branches]
     try:
-        state, found = _grouped(federation, state, arriving, accepted)
-        results = [_moved(federation, branch, arriving, sent) for branch, sent in by_group(state, accepted)]
+        state, found = _grouped(federation, state, accepted)
+        broadcasts *= len(state.branches) // len(broadcasts)  # new groups stand where all stood
+        results = [
+            _moved(federation, Start(branch, broadcasts[branch.group]), sent)
+            for branch, sent in by_group(state, accepted)
+        ]
     except UpdateError as error:
         log.warning("the updates cannot be aggregated: %s", error)
         return Outcome(None, reason=str(error))
@@ -225,68 +273,60 @@ def _aggregate(
 
 
 def _grouped(
-    federation: Federation, state: RunState, arriving: Arrivals, accepted: Mapping[str, Accepted]
+    federation: Federation, state: RunState, accepted: Mapping[str, Accepted]
 ) -> tuple[RunState, Measurements]:
     """Return the state that the round's updates move, divided between groups if this is the round that finds them."""
-    grouping = federation.strategy.grouping
-    if grouping is None or not grouping.is_due(arriving.round):
+    grouping, round_ = federation.strategy.grouping, state.round + 1
+    if grouping is None or not grouping.is_due(round_):
         return state, {}
     with ExitStack() as opened:
-        updates = {
-            site: arriving.in_full(opened.enter_context(arriving.open(reply.payload, reply.report)), reply.report)
-            for site, reply in accepted.items()
-        }
-        groups, measured = grouping.groups(updates, arriving.layout)
+        updates = {site: opened.enter_context(_opened(reply)) for site, reply in accepted.items()}
+        groups, measured = grouping.groups(updates, federation.strategy.work.at(round_).sent(state.layout))
     return divided(state, groups), measured
 
 
-def _moved(
-    federation: Federation, state: RunState, arriving: Arrivals, accepted: Mapping[str, Accepted]
-) -> tuple[RunState, Measurements]:
-    """Fold the updates of one group in the order of the sites' names and move its state along the result.
+def _moved(federation: Federation, current: Start, accepted: Mapping[str, Accepted]) -> tuple[RunState, Measurements]:
+    """Fold the updates of one group in the order of the sites' names and move its current state along the result.
 
     A spooled update is closed and deleted as soon as it is folded, or where the aggregation reads it again, at the end.
 
     Raises:
         UpdateError: The updates cannot be aggregated.
     """
+    state, received, round_ = current.state, current.broadcast.arrays, current.state.round + 1
     if not accepted:
-        received = federation.broadcaster.prepare(state).arrays
-        return replace(state, round=state.round + 1, sent=received, moved=()), {}
-    received, num_sites = arriving.starts[min(accepted)].broadcast.arrays, len(federation.roster.members)
-    origin = Origin(state.round + 1, state.layout, state.params, received, num_sites)
-    aggregation = federation.strategy.aggregator.start(arriving.layout, origin)
+        return replace(state, round=round_, sent=received, moved=()), {}
+    origin = Origin(round_, state.layout, state.params, received, len(federation.roster.members))
+    aggregation = federation.strategy.aggregator.start(federation.strategy.work.at(round_).sent(state.layout), origin)
     with ExitStack() as kept:
         for site in sorted(accepted):
             reply = accepted[site]
             weight = _weight(federation.config.strategy.weighting, reply.report)
-            payload = kept.enter_context(_spooled(arriving, reply))
-            measured = {} if reply.report.loss is None else {"loss": reply.report.loss}
-            contribution = Contribution(site, weight, measured, arriving.ranks[site])
-            aggregation.fold(arriving.in_full(payload, reply.report), contribution)
+            losses = {} if reply.report.loss is None else {"loss": reply.report.loss}
+            rank, staleness = reply.arriving.ranks[site], state.round - reply.start.state.round
+            kept.callback(reply.payload.unlink, missing_ok=True)
+            update = kept.enter_context(_opened(reply))
+            aggregation.fold(update, Contribution(site, weight, losses, rank, staleness))
             if not aggregation.reads_until_finish:
                 kept.close()
         delta, measured = aggregation.finish()
     params, optimizer = federation.strategy.optimizer.apply(state.optimizer, state.params, delta)
-    moved = replace(state, round=state.round + 1, params=params, sent=received, optimizer=optimizer, moved=tuple(delta))
+    moved = replace(state, round=round_, params=params, sent=received, optimizer=optimizer, moved=tuple(delta))
     return moved, measured
 
 
 @contextmanager
-def _spooled(arriving: Arrivals, reply: Accepted) -> Iterator[PayloadReader]:
-    """Open an accepted update; its file is deleted afterwards."""
-    try:
-        with arriving.open(reply.payload, reply.report) as payload:
-            yield payload
-    finally:
-        reply.payload.unlink(missing_ok=True)
+def _opened(reply: Accepted) -> Iterator[UpdateSource]:
+    """Open an accepted update as one of the federation's tensors and shapes."""
+    with reply.arriving.open(reply.payload, reply.report) as payload:
+        yield reply.arriving.in_full(payload, reply.report)
 
 
 def _weight(weighting: str, report: TrainReport) -> float:
     return float({"examples": report.num_examples, "tokens": report.num_tokens, "uniform": 1}[weighting])
 
 
-def _event(
+def round_event(
     harvest: Harvest,
     round_: int,
     attempt: int,
@@ -295,6 +335,7 @@ def _event(
     outcome: Outcome,
     bytes_down: int,
 ) -> dict[str, object]:
+    """Return what is written down about an attempt."""
     reports = {site: reply.report for site, reply in sorted(harvest.accepted.items())}
     return {
         "event": "round" if outcome.moved is not None else "attempt",
@@ -304,7 +345,9 @@ def _event(
         "asked": sorted(chosen),
         "rejected": [{"site": site, "reason": reason} for site, reason in sorted(harvest.rejected.items())],
         "train_loss": _mean_loss(reports.values()),
-        "sites": {site: _site_numbers(report) for site, report in reports.items()},
+        "sites": {
+            site: {**_site_numbers(report), "staleness": round_ - report.round} for site, report in reports.items()
+        },
         "reason": outcome.reason,
         "update_norm": outcome.measured.get("delta_norm"),
         "discarded_energy": outcome.measured.get("discarded_energy"),

@@ -42,6 +42,7 @@ FEATURES: dict[str, Question] = {
         != ("sgd", 1.0, 0.0)
         or config.strategy.server_anneal != "constant"
     ),
+    "rounds.buffer_size": lambda config: config.rounds.buffer_size > 0,
     "rounds.fraction or rounds.over_selection": lambda config: (
         config.rounds.fraction < 1 or config.rounds.over_selection > 1
     ),
@@ -73,7 +74,9 @@ _MEAN_OF_FACTORS = {
     ),
 }
 
+_TOGETHER = "rounds.buffer_size"
 _IN_GROUPS = {
+    _TOGETHER: "the groups are found from updates of one round, which all sites start together",
     "strategy.aggregator other than 'mean'": (
         "a robust rule needs more honest sites than lying ones in what it aggregates, and a group can be small"
     ),
@@ -100,6 +103,11 @@ _MEAN_OF_PRODUCTS = {
     ),
 }
 
+_NEW_FACTORS = {
+    **_MEAN_OF_PRODUCTS,
+    "rounds.buffer_size": "a late update is of factors that the strategy has replaced since",
+}
+
 _ONE_SIZE = {"adapter.min_rank": "the matrix between the factors has one size at all sites"}
 _ONE_RANK = {"adapter.min_rank": "turning factors mixes the components that a site trains with those that it does not"}
 _ONE_SHAPE = {
@@ -115,23 +123,35 @@ REFUSALS: dict[str, Mapping[str, str]] = {
     "strategy.name = 'clustered'": {**_IN_GROUPS, **_MEAN_OF_FACTORS, **_ON_FACTORS},
     "strategy.name = 'fed-sb'": {**_MEAN_OF_PRODUCTS, **_ONE_FACTOR, **_ONE_SIZE},
     "strategy.name = 'fedavg'": _MEAN_OF_FACTORS,
-    "strategy.name = 'fedex'": {**_MEAN_OF_PRODUCTS, **_MEAN_OF_FACTORS},
+    "strategy.name = 'fedex'": {**_NEW_FACTORS, **_MEAN_OF_FACTORS},
     "strategy.name = 'fedper'": {**_MEAN_OF_FACTORS, **_BY_LAYER},
     "strategy.name = 'fedpeptao'": {**_ONE_PER_LAYER, **_OWN_AGGREGATOR},
     "strategy.name = 'fedprompt'": _ON_SOFT_PROMPTS,
     "strategy.name = 'fedprox'": _MEAN_OF_FACTORS,
-    "strategy.name = 'fedrot'": {**_MEAN_OF_FACTORS, **_ON_FACTORS, **_ONE_RANK},
+    "strategy.name = 'fedrot'": {
+        **_MEAN_OF_FACTORS,
+        **_ON_FACTORS,
+        **_ONE_RANK,
+        _TOGETHER: "sites turn their factors towards the state that they received, which is not the same for all",
+    },
     "strategy.name = 'fedsa-lora'": {**_ONE_FACTOR, **_ON_FACTORS},
-    "strategy.name = 'fedsvd'": {**_MEAN_OF_PRODUCTS, **_ONE_FACTOR},
+    "strategy.name = 'fedsvd'": {**_NEW_FACTORS, **_ONE_FACTOR},
     "strategy.name = 'ffa-lora'": _ON_FACTORS,
-    "strategy.name = 'flexlora'": _MEAN_OF_PRODUCTS,
-    "strategy.name = 'flora'": _MEAN_OF_PRODUCTS,
-    "strategy.name = 'florist'": _MEAN_OF_PRODUCTS,
+    "strategy.name = 'flexlora'": _NEW_FACTORS,
+    "strategy.name = 'flora'": _NEW_FACTORS,
+    "strategy.name = 'florist'": _NEW_FACTORS,
     "strategy.name = 'hetlora'": {**_OWN_AGGREGATOR, **_ON_FACTORS},
-    "strategy.name = 'lora-fair'": {**_MEAN_OF_PRODUCTS, **_MEAN_OF_FACTORS},
+    "strategy.name = 'lora-fair'": {**_NEW_FACTORS, **_MEAN_OF_FACTORS},
     "strategy.name = 'ravan'": {**_ONE_FACTOR, **_ON_FACTORS, **_ONE_SIZE},
-    "strategy.name = 'rolora'": {**_MEAN_OF_FACTORS, **_ON_FACTORS},
-    "strategy.name = 'scaffold'": _ONE_SHAPE,
+    "strategy.name = 'rolora'": {
+        **_MEAN_OF_FACTORS,
+        **_ON_FACTORS,
+        _TOGETHER: "a late update is of the factor whose turn it was, not of the one whose turn it is",
+    },
+    "strategy.name = 'scaffold'": {
+        **_ONE_SHAPE,
+        _TOGETHER: "control variates correct steps that all sites start together",
+    },
     "strategy.name = 'zero-padding'": {**_OWN_AGGREGATOR, **_ON_FACTORS},
     "strategy.aggregator = 'mean'": {},
     "strategy.aggregator = 'median'": _BY_COORDINATE,
@@ -146,6 +166,13 @@ REFUSALS: dict[str, Mapping[str, str]] = {
     "strategy.norm_bound": _SEGMENT,
     "simulation.ranks": {},
     "simulation.alphas": {},
+    "rounds.buffer_size": {
+        "strategy.aggregator other than 'mean'": (
+            "updates of several ages differ by nature, and a rule that compares them takes the late ones for lies"
+        ),
+        "rounds.fraction or rounds.over_selection": "every site that is free is kept at work",
+        "rounds.sampler = 'poisson'": "every site that is free is kept at work",
+    },
 }
 """Reasons by choice and feature. A strategy without a row goes with the plain mean only."""
 
@@ -213,7 +240,14 @@ _IN_TIME = Bound(
     "Lower it, or raise num_rounds.",
 )
 
+_FILLS = Bound(
+    lambda config: config.rounds.min_sites <= config.rounds.buffer_size,
+    "a full buffer holds fewer updates than the quorum, rounds.min_sites",
+    "Raise rounds.buffer_size, or lower rounds.min_sites.",
+)
+
 BOUNDS: dict[str, Bound] = {
+    "rounds.buffer_size": _FILLS,
     "strategy.name = 'fedpeptao'": _ADAPTIVE,
     "strategy.name = 'clustered'": _IN_TIME,
     "strategy.aggregator = 'median'": _HONEST_MAJORITY,
@@ -232,6 +266,8 @@ EFFECTS: dict[str, Question] = {
     "adapter.min_rank": lambda config: config.adapter.kind == "lora",
     "simulation.ranks": lambda config: config.adapter.kind == "lora",
     "simulation.alphas": lambda config: config.adapter.kind == "lora",
+    "rounds.max_staleness": lambda config: config.rounds.buffer_size > 0,
+    "rounds.staleness_exponent": lambda config: config.rounds.buffer_size > 0,
     "simulation.prompt_lengths": lambda config: config.adapter.min_virtual_tokens > 0,
     "rounds.fraction": lambda config: config.rounds.sampler != "all",
     "rounds.over_selection": lambda config: config.rounds.sampler in ("uniform", "weighted"),
@@ -311,6 +347,8 @@ def _choices(config: RunConfig) -> Iterator[str]:
         yield "simulation.ranks"
     if config.simulation.alphas and config.adapter.kind == "lora":
         yield "simulation.alphas"
+    if config.rounds.buffer_size:
+        yield "rounds.buffer_size"
 
 
 def _uplink_has(config: RunConfig, stage: str) -> bool:

@@ -14,6 +14,7 @@ from strategies.clustered import clustered
 from strategies.fed_sb import fed_sb
 from strategies.fedavg import fedavg
 from strategies.fedex import fedex
+from strategies.fedbuff import buffered
 from strategies.fedpeptao import fedpeptao
 from strategies.fedper import fedper
 from strategies.fedprompt import fedprompt
@@ -80,4 +81,5 @@ def build_strategy(config: RunConfig) -> Strategy:
     if name not in RECIPES:
         known = ", ".join(sorted(RECIPES))
         raise ConfigError(explain("unknown strategy", expected=f"one of {known}", found=name, where="strategy.name"))
-    return RECIPES[name](config)
+    strategy = RECIPES[name](config)
+    return buffered(strategy, config.rounds) if config.rounds.buffer_size else strategy

@@ -198,6 +198,19 @@ class Grouping(Protocol):
 
 
 @dataclass(frozen=True)
+class Buffer:
+    """When the server moves without waiting for all sites.
+
+    Attributes:
+        size: Updates that it moves along at a time.
+        max_staleness: An update that is later than this many versions is dropped.
+    """
+
+    size: int
+    max_staleness: int
+
+
+@dataclass(frozen=True)
 class Strategy:
     """One choice for each slot, under the algorithm's name.
 
@@ -208,6 +221,7 @@ class Strategy:
         num_heads: Matrices between the factors that it needs (:mod:`fedllm.lora.heads`), 0 for none.
         is_exact: With the plain server optimizer, what sites apply after a round is the weighted mean of what they
             applied at its end, scales inside, as far as side factors hold it. A contract test holds strategies to it.
+        buffer: Makes the federation asynchronous; None has rounds that all start from one state.
     """
 
     name: str
@@ -219,3 +233,4 @@ class Strategy:
     side_rank: int = 0
     num_heads: int = 0
     is_exact: bool = False
+    buffer: Buffer | None = None

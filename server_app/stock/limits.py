@@ -46,6 +46,7 @@ _DONE = ("trainable", "proximal", "alignment", "carries_residual", "truncates")
 
 _SLOTS = ("name", "sampler", "work", "aggregator", "optimizer", "is_exact")
 _PARTS: Mapping[str, str] = {
+    "buffer": "sites train on and on, and Flower's loop waits for all of a round",
     "grouping": "groups of sites have a global adapter each, and Flower's loop has one for all",
     "side_rank": "sites apply side factors beside the adapter, in place of changing the base",
     "num_heads": "sites train a square matrix between the factors",
