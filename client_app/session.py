@@ -25,6 +25,7 @@ from fedllm.agreement import Agreement, describe_quantization
 from fedllm.config import RunConfig
 from fedllm.data.batches import batch_stream
 from fedllm.data.prepare import SiteData, prepare_site
+from fedllm.lora.mixed import mixed_as_one
 from fedllm.messages import Instruction, Score, StateInstruction
 from fedllm.model.build import (
     LoadedBase,
@@ -33,11 +34,13 @@ from fedllm.model.build import (
     first_values,
     only_trainable,
 )
+from fedllm.model.dual import NUM_REFERENCES, ByLikeness, mixed
 from fedllm.model.evaluate import evaluate_loss
 from fedllm.model.export import save_peft_adapter
 from fedllm.model.fitted import FittedAdapter, fit_adapter
 from fedllm.model.generate import answer, without_adapter
 from fedllm.model.prompts.attach import num_used, use_first
+from fedllm.model.prompts.places import unpacked
 from fedllm.model.prompts.tensors import with_first_tokens
 from fedllm.model.spec import LoraSpec
 from fedllm.provenance import versions
@@ -147,6 +150,7 @@ class Session:
         total_steps: int | None = None,
         drift: DriftControl | None = None,
         truncated: bool = False,
+        share: float = 0.0,
     ) -> tuple[TrainResult, Arrays]:
         """Train an adapter, or the site's part of it, and return the result and the trained values.
 
@@ -160,6 +164,7 @@ class Session:
             total_steps: Steps that the learning rate's course stretches over, None for those of the federation.
             drift: What keeps the steps from drifting, None for nothing.
             truncated: Train without what is not the site's part.
+            share: Share of the site's own adapter in the sum of the two, 0 where it does not compute.
         """
         part = part.only([name for name in part.names if name in self.adapter.own_layout])
         self.adapter.write(start, truncated=truncated)
@@ -167,7 +172,8 @@ class Session:
         plan = self._plan(first_step, num_steps, total_steps or self.config.total_steps, drawn)
         seed = rng.derive(self.config.seed, round_, self.workplace.site, "batches")
         batches = batch_stream(self.data.train, plan.batch_size, seed)
-        with Progress(title, num_steps) as progress, only_trainable(self.model, part) as parameters:
+        mix = mixed(self.model, share) if share else nullcontext()
+        with mix, Progress(title, num_steps) as progress, only_trainable(self.model, part) as parameters:
 
             def show(report: StepReport) -> None:
                 progress.step(f"loss {report.loss:.3f}")
@@ -184,18 +190,28 @@ class Session:
         used = 0 if isinstance(adapter, LoraSpec) else num_used(self.model)
         return 0 if isinstance(adapter, LoraSpec) or used == adapter.num_virtual_tokens else used
 
-    def export(self, adapter: Arrays) -> None:
-        """Leave an adapter for PEFT in the state directory, as the site's own."""
+    def export(self, adapter: Arrays, share: float = 0.0) -> None:
+        """Leave an adapter for PEFT in the state directory, as the site's own; of two, their sum at a fixed share."""
         folder, source, layout = self.workplace.state_dir / OWN_ADAPTER, self.config.model.source, self.layout
+        spec = self.config.spec
+        if share and isinstance(spec.adapter, LoraSpec):
+            one, layout, adapter = mixed_as_one(spec.adapter, layout, adapter, share)
+            spec = spec.model_copy(update={"adapter": one})
         if self.num_virtual_tokens:
             adapter, layout = with_first_tokens(adapter, layout, self.num_virtual_tokens)
-        save_peft_adapter(folder, layout, adapter, self.config.spec, self.target_modules, source)
+        save_peft_adapter(folder, layout, adapter, spec, self.target_modules, source)
         log.info("the site's own adapter is in %s", folder)
 
-    def score(self, part: Part | None = None) -> Score:
-        """Evaluate the model on the hold-out: as it is, or a part of it, such as :func:`without_adapter` leaves."""
+    def score(self, part: Part | None = None, share: float = 0.0) -> Score:
+        """Evaluate the model on the hold-out: as it is, or a part of it, such as :func:`without_adapter` leaves.
+
+        Args:
+            part: Leaves something away.
+            share: Largest share of the site's own adapter, by likeness of the example; 0 where it does not compute.
+        """
+        around = self._by_likeness(share).applied if share else None
         with part(self.model) if part else nullcontext():
-            totals = evaluate_loss(self.model, self.data.holdout, self.config.train.batch_size * 4)
+            totals = evaluate_loss(self.model, self.data.holdout, self.config.train.batch_size * 4, around)
         return Score(
             loss=totals.loss,
             accuracy=totals.accuracy,
@@ -203,12 +219,20 @@ class Session:
             num_examples=len(self.data.holdout),
         )
 
-    def answer(self, prompt: str) -> tuple[str, str]:
-        """Answer a prompt with the base alone and with the adapter."""
+    def answer(self, prompt: str, share: float = 0.0) -> tuple[str, str]:
+        """Answer a prompt with the base alone and with the adapter, or with both adapters as in :meth:`score`."""
         limit = self.config.evaluation.max_new_tokens
         with without_adapter(self.model):
             plain = answer(self.model, self.base.tokenizer, prompt, limit)
-        return plain, answer(self.model, self.base.tokenizer, prompt, limit)
+        around = self._by_likeness(share).applied_to if share else None
+        return plain, answer(self.model, self.base.tokenizer, prompt, limit, around=around)
+
+    def _by_likeness(self, share: float) -> ByLikeness:
+        """Return what gives an example its share of the site's own adapter, from some of the site's training examples."""
+        examples = [one for row in self.data.train for one in unpacked(row) if one.num_targets]
+        draw = rng.generator(self.config.seed, 0, self.workplace.site, "references")
+        chosen = draw.choice(len(examples), min(NUM_REFERENCES, len(examples)), replace=False)
+        return ByLikeness.of(self.model, share, [examples[index] for index in sorted(chosen)])
 
     def _plan(self, first_step: int, num_steps: int, total_steps: int, seed: int) -> TrainPlan:
         train_ = self.config.train

@@ -34,7 +34,7 @@ from fedllm.model.generate import without_adapter
 from fedllm.model.prompts.attach import without_personal
 from fedllm.update import taken
 from fedllm.wire.transport import Envelope
-from fedllm.work import adapter_of
+from fedllm.work import adapter_of, common_of
 
 log = logging.getLogger(__name__)
 
@@ -131,16 +131,13 @@ def _train(session: Session, instruction: TrainInstruction, courier: Courier) ->
     shared = adapter_of(work.sent(courier.layout))
     correction = {name: variates.correction(name) for name in shared.names} if variates else None
     drift = DriftControl(work.proximal, correction) if work.proximal or correction else None
-    result, trained = session.train(
-        start,
-        part,
-        first_step=instruction.first_step,
-        num_steps=session.config.train.local_steps,
-        round_=instruction.round,
-        title=f"{site} round {instruction.round}",
-        drift=drift,
-        truncated=work.truncates,
-    )
+    steps = {"first_step": instruction.first_step, "num_steps": session.config.train.local_steps}
+    title, round_ = f"{site} round {instruction.round}", instruction.round
+    if work.personal_share:
+        own, part, share = work.kept(session.layout), shared, work.personal_share
+        _, start = session.train(start, own, **steps, round_=round_, title=f"{title}, its own", share=share)
+    truncated = work.truncates
+    result, trained = session.train(start, part, **steps, round_=round_, title=title, drift=drift, truncated=truncated)
     finished = time.perf_counter()
     if work.alignment:
         trained = aligned(trained, received, work.alignment, instruction.round)
@@ -178,8 +175,9 @@ def evaluate(instruction: EvaluateInstruction, envelope: Envelope, workplace: Wo
     courier = session.courier(instruction, envelope)
     adapter, _ = courier.own(courier.obtain(), instruction.round)
     session.load(adapter)
-    score = session.score(without_adapter if instruction.round == 0 else None)
-    base, tuned = session.answer(instruction.prompt) if instruction.prompt else ("", "")
+    share = instruction.work.personal_share
+    score = session.score(without_adapter) if instruction.round == 0 else session.score(share=share)
+    base, tuned = session.answer(instruction.prompt, share) if instruction.prompt else ("", "")
     report = EvaluateReport(
         site=workplace.site,
         round=instruction.round,
@@ -194,14 +192,15 @@ def evaluate(instruction: EvaluateInstruction, envelope: Envelope, workplace: Wo
 def train_alone(instruction: LocalOnlyInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
     """Train from the first global state on the site's own data only, with the federation's steps and schedule.
 
-    The whole adapter is trained, whatever part of it the federation trains: it is what a site would do by itself.
+    The whole adapter is trained, whatever part of it the federation trains: it is what a site would do by itself. There is
+    no second adapter then.
     """
     started = time.perf_counter()
     session = open_session(instruction, workplace)
     courier = session.courier(instruction, envelope)
     result, _ = session.train(
         taken(courier.obtain(), session.layout),
-        session.layout,
+        common_of(session.layout) if instruction.work.personal_share else session.layout,
         first_step=0,
         num_steps=instruction.num_steps,
         round_=0,
@@ -229,22 +228,24 @@ def personalise(instruction: PersonaliseInstruction, envelope: Envelope, workpla
     federated = session.score(without_personal)
     adapter, _ = courier.own(state, instruction.round)
     session.load(adapter)
+    share = instruction.work.personal_share
     if instruction.num_steps:
         _, adapter = session.train(
             adapter,
-            session.layout,
+            instruction.work.kept(session.layout) if share else session.layout,
             first_step=0,
             num_steps=instruction.num_steps,
             total_steps=instruction.num_steps,
             round_=instruction.round + 1,
             title=f"{workplace.site} for itself",
+            share=share,
         )
     report = PersonaliseReport(
         site=workplace.site,
         federated=federated,
-        personalised=session.score(),
+        personalised=session.score(share=share),
         num_steps=instruction.num_steps,
         seconds=time.perf_counter() - started,
     )
-    session.export(adapter)
+    session.export(adapter, share)
     return report, None

@@ -241,6 +241,10 @@ class StrategyConfig(Section):
     layer_share: float = Field(0.5, gt=0, le=1)
     """Share of a prefix's layers that a site sends under `fedpeptao`: those that changed most for their size."""
 
+    personal_share: float = Field(0.5, gt=0, le=1)
+    """Share of a site's own adapter in the sum of the two of `feddpa`: while it is trained, and at most where it is used;
+    without effect for other strategies."""
+
     grouping_round: int = Field(1, ge=1)
     """Round from whose updates `clustered` finds the groups of sites; without effect for other strategies."""
 

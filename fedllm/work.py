@@ -23,7 +23,7 @@ from fedllm.update import Layout, TensorSpec
 CONTROL = "control"
 """Role of control variates, and what their names begin with."""
 
-PERSONAL = ("personal_prompt", "personal_prefix")
+PERSONAL = ("personal_prompt", "personal_prefix", "personal_A", "personal_B")
 """Roles of the tensors that every site trains for itself: they never leave it, whatever the strategy."""
 
 
@@ -39,6 +39,9 @@ class ClientWork(BaseModel):
         alignment: Share of the turn towards the received factors that a site makes before it hands in, as FedRot does;
             0 for none.
         control_variates: Correct every step by control variates, as SCAFFOLD does, and send their changes.
+        personal_share: Share of the site's own adapter in the sum with the federation's (:mod:`fedllm.model.dual`): it is
+            trained with this share before the other one is trained alone, and used with it, scaled by likeness. 0 for no
+            such adapter.
         share: Share of those tensors that an update holds which a site really sends, of its own choice; it says which.
         carries_residual: What a lossy codec dropped may be added to the site's next update. Not where the server makes
             other factors of the same product, in which it would mean something else.
@@ -53,6 +56,7 @@ class ClientWork(BaseModel):
     proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     alignment: Annotated[float, Field(ge=0, le=1)] = 0.0
     control_variates: bool = False
+    personal_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     carries_residual: bool = True
     truncates: bool = False

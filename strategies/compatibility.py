@@ -123,6 +123,11 @@ REFUSALS: dict[str, Mapping[str, str]] = {
     "strategy.name = 'clustered'": {**_IN_GROUPS, **_MEAN_OF_FACTORS, **_ON_FACTORS},
     "strategy.name = 'fed-sb'": {**_MEAN_OF_PRODUCTS, **_ONE_FACTOR, **_ONE_SIZE},
     "strategy.name = 'fedavg'": _MEAN_OF_FACTORS,
+    "strategy.name = 'feddpa'": {
+        **_MEAN_OF_FACTORS,
+        **_ON_FACTORS,
+        "adapter.min_rank": "a site's own adapter has the federation's scale, which is then not the same at all sites",
+    },
     "strategy.name = 'fedex'": {**_NEW_FACTORS, **_MEAN_OF_FACTORS},
     "strategy.name = 'fedper'": {**_MEAN_OF_FACTORS, **_BY_LAYER},
     "strategy.name = 'fedpeptao'": {**_ONE_PER_LAYER, **_OWN_AGGREGATOR},
@@ -166,6 +171,7 @@ REFUSALS: dict[str, Mapping[str, str]] = {
     "strategy.norm_bound": _SEGMENT,
     "simulation.ranks": {},
     "simulation.alphas": {},
+    "adapter.personal_rank": {},
     "rounds.buffer_size": {
         "strategy.aggregator other than 'mean'": (
             "updates of several ages differ by nature, and a rule that compares them takes the late ones for lies"
@@ -246,7 +252,20 @@ _FILLS = Bound(
     "Raise rounds.buffer_size, or lower rounds.min_sites.",
 )
 
+_OWN_ADAPTERS = Bound(
+    lambda config: config.adapter.personal_rank > 0,
+    "sites need a rank for the adapter of their own",
+    "Set adapter.personal_rank, for example to adapter.rank.",
+)
+_TWO_ADAPTERS = Bound(
+    lambda config: config.strategy.name == "feddpa",
+    "only strategy.name = 'feddpa' trains a second adapter",
+    "Remove it, or choose that strategy.",
+)
+
 BOUNDS: dict[str, Bound] = {
+    "adapter.personal_rank": _TWO_ADAPTERS,
+    "strategy.name = 'feddpa'": _OWN_ADAPTERS,
     "rounds.buffer_size": _FILLS,
     "strategy.name = 'fedpeptao'": _ADAPTIVE,
     "strategy.name = 'clustered'": _IN_TIME,
@@ -274,6 +293,7 @@ EFFECTS: dict[str, Question] = {
     "strategy.layer_share": lambda config: config.strategy.name == "fedpeptao",
     "strategy.proximal_mu": lambda config: config.strategy.name == "fedprox",
     "strategy.shared_depth": lambda config: config.strategy.name == "fedper",
+    "strategy.personal_share": lambda config: config.strategy.name == "feddpa",
     "strategy.grouping_round": lambda config: config.strategy.name == "clustered",
     "strategy.max_groups": lambda config: config.strategy.name == "clustered",
     "strategy.alignment": lambda config: config.strategy.name == "fedrot",
@@ -349,6 +369,8 @@ def _choices(config: RunConfig) -> Iterator[str]:
         yield "simulation.alphas"
     if config.rounds.buffer_size:
         yield "rounds.buffer_size"
+    if config.adapter.personal_rank:
+        yield "adapter.personal_rank"
 
 
 def _uplink_has(config: RunConfig, stage: str) -> bool:

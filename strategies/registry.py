@@ -13,8 +13,9 @@ from fedllm.errors import ConfigError, explain
 from strategies.clustered import clustered
 from strategies.fed_sb import fed_sb
 from strategies.fedavg import fedavg
-from strategies.fedex import fedex
 from strategies.fedbuff import buffered
+from strategies.feddpa import feddpa
+from strategies.fedex import fedex
 from strategies.fedpeptao import fedpeptao
 from strategies.fedper import fedper
 from strategies.fedprompt import fedprompt
@@ -39,6 +40,7 @@ RECIPES: dict[str, Recipe] = {
     "clustered": clustered,
     "fed-sb": fed_sb,
     "fedavg": fedavg,
+    "feddpa": feddpa,
     "fedex": fedex,
     "fedper": fedper,
     "fedpeptao": fedpeptao,

@@ -19,6 +19,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from transformers import PreTrainedModel
 
 from fedllm.errors import LayoutError, ModelError, explain
+from fedllm.model import dual
 from fedllm.model.heads import fold_gains, gains_of, has_several_heads, put_heads, tensor_name
 from fedllm.model.initial import initial_arrays
 from fedllm.model.prompts import attach as prompts
@@ -163,6 +164,9 @@ def wrap(model: PreTrainedModel, adapter: AdapterSpec) -> PeftModel:
         prompts.take_apart(wrapped, adapter)
     elif adapter.num_heads:
         put_heads(wrapped, adapter.num_heads, _ADAPTER)
+    elif adapter.personal_rank:
+        own = {"rank": adapter.personal_rank, "alpha": adapter.scale * adapter.personal_rank, "rslora": False}
+        dual.add_own(wrapped, _lora_config(model, adapter.model_copy(update=own)))
     return wrapped
 
 
@@ -230,13 +234,19 @@ def _parameters(model: PeftModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
         yield from prompts.parameters(model)
         return
     for name, parameter in model.named_parameters():
-        if "lora_" in name and f".{_ADAPTER}." in name and not name.endswith(".gains"):
+        if "lora_" not in name or name.endswith(".gains"):
+            continue
+        if f".{_ADAPTER}." in name:
             yield tensor_name(name.replace(f".{_ADAPTER}.", ".")), parameter  # PEFT's files leave its own name out
+        elif f".{dual.OWN}." in name:
+            yield dual.tensor_name(name), parameter
 
 
 def _role(name: str, factors: str) -> str:
     """Return a tensor's role; those of LoRA are the last part but one of its name, with another start for heads."""
     part = name.split(".")[-2] if "." in name else ""
+    if part in ("personal_A", "personal_B"):
+        return part
     return part.replace("lora_", factors) if part in ("lora_A", "lora_B", "lora_M") else role_of(name)
 
 

@@ -119,19 +119,29 @@ def target_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     predict a target reach it. A hook on the head picks them, which works for every architecture and keeps what it does to
     its logits (scaling, soft caps).
     """
+    return _at(model, batch, batch.target_rows, batch.target_columns)[0]
+
+
+def hidden_at(model: nn.Module, batch: Batch, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return the last layer's hidden states [N, H], as the output head gets them, at N places [N], [N] of a batch."""
+    return _at(model, batch, rows, columns)[1]
+
+
+def _at(model: nn.Module, batch: Batch, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    picked: list[torch.Tensor] = []
 
     def pick(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *others = arguments  # [B, L, H]
-        return (hidden[batch.target_rows, batch.target_columns], *others)
+        picked.append(hidden[rows, columns])
+        return (picked[0], *others)
 
     handle = head.register_forward_pre_hook(pick)
     try:
         output = _forward(model, batch)
     finally:
         handle.remove()
-    logits: torch.Tensor = output.logits
-    return logits
+    return output.logits, picked[0]
 
 
 def _forward(model: Any, batch: Batch) -> Any:

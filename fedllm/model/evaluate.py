@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Many
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedllm.data.sequences import Sequence
-from fedllm.model.batch import collate, target_logits
+from fedllm.model.batch import Batch, collate, target_logits
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,13 @@ class LossTotals:
         )
 
 
-def evaluate_loss(model: nn.Module, sequences: Many[Sequence], batch_size: int) -> LossTotals:
+Around = Callable[[Batch], AbstractContextManager[None]]
+"""Sets a model up for one batch, while it computes."""
+
+
+def evaluate_loss(
+    model: nn.Module, sequences: Many[Sequence], batch_size: int, around: Around | None = None
+) -> LossTotals:
     """Evaluate a model on sequences, in evaluation mode, and leave it in the mode it was in.
 
     Sequences of like length share a batch, so that little is padded; sums are in float64, so the result hardly depends on
@@ -60,6 +68,7 @@ def evaluate_loss(model: nn.Module, sequences: Many[Sequence], batch_size: int) 
         model: With or without adapter.
         sequences: Those without target tokens count nothing.
         batch_size: Sequences computed at once.
+        around: Sets the model up for each batch, None for nothing.
     """
     useful = sorted((sequence for sequence in sequences if sequence.num_targets), key=len, reverse=True)
     was_training = model.training
@@ -67,16 +76,17 @@ def evaluate_loss(model: nn.Module, sequences: Many[Sequence], batch_size: int) 
     try:
         totals = LossTotals(0.0, 0, 0)
         for start in range(0, len(useful), batch_size):
-            totals += _evaluate_batch(model, useful[start : start + batch_size])
+            totals += _evaluate_batch(model, useful[start : start + batch_size], around)
         return totals
     finally:
         model.train(was_training)
 
 
 @torch.inference_mode()
-def _evaluate_batch(model: nn.Module, sequences: Many[Sequence]) -> LossTotals:
+def _evaluate_batch(model: nn.Module, sequences: Many[Sequence], around: Around | None) -> LossTotals:
     batch = collate(sequences, model)
-    logits = target_logits(model, batch).float()  # [T, V]
+    with around(batch) if around else nullcontext():
+        logits = target_logits(model, batch).float()  # [T, V]
     losses = cross_entropy(logits, batch.targets, reduction="none")  # [T]
     correct = logits.argmax(dim=-1) == batch.targets
     return LossTotals(float(losses.double().sum()), len(batch.targets), int(correct.sum()))

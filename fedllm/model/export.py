@@ -90,7 +90,7 @@ def _as_exported(adapter: LoraSpec, folder: Path) -> LoraSpec:
     except (OSError, ValueError, TypeError, KeyError) as error:
         found = f"{type(error).__name__}: {error}"
         raise ModelError(explain("an adapter's config cannot be read", found=found, where=path)) from error
-    return adapter.model_copy(update={**scale, "min_rank": 0, "side_rank": 0, "num_heads": 0})
+    return adapter.model_copy(update={**scale, "min_rank": 0, "side_rank": 0, "num_heads": 0, "personal_rank": 0})
 
 
 def load_peft_adapter(folder: Path) -> Arrays:

@@ -109,6 +109,10 @@ def fit_adapter(base: LoadedBase, adapter: AdapterSpec, rank: int = 0, alpha: fl
     own = own_spec(adapter, rank, alpha)
     model = attach_adapter(base, own)
     own_layout = layout_of(model)
-    layout = own_layout if adapter.num_heads else with_rank(own_layout, adapter.rank, adapter.side_rank)
+    layout = (
+        own_layout
+        if adapter.num_heads or adapter.personal_rank
+        else with_rank(own_layout, adapter.rank, adapter.side_rank)
+    )
     attach_rest(model, rest_ranks(layout, own.rank))
     return FittedAdapter(model, layout, own_layout, own.rank, own.scale / adapter.scale, adapter.scale)

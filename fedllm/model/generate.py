@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ def answer(
     prompt: str,
     max_new_tokens: int,
     system: str | None = None,
+    around: Callable[[torch.Tensor], AbstractContextManager[None]] | None = None,
 ) -> str:
     """Return the model's greedy answer to a question, without special tokens.
 
@@ -26,6 +28,7 @@ def answer(
         prompt: The user's message.
         max_new_tokens: Length of the answer.
         system: A system message before it; None for the template's own default.
+        around: Sets the model up for the question's tokens [1, L]; None for nothing.
     """
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
@@ -36,7 +39,8 @@ def answer(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), warnings.catch_warnings():
+        mode = around(inputs["input_ids"]) if around else nullcontext()
+        with mode, torch.inference_mode(), warnings.catch_warnings():
             # PEFT's prompts count positions themselves, and say so.
             warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)
             output = model.generate(

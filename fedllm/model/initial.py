@@ -40,9 +40,9 @@ def initial_arrays(layout: Layout, seed: int) -> Arrays:
     """Draw the first global adapter; each tensor's draw depends on the seed and its name only.
 
     Args:
-        layout: Tensors of role `lora_A` [R, I], `lora_B` [O, R] and `control`, which is zero; those with heads
-            (:mod:`fedllm.lora.heads`); `prefix` and
-            `personal_prefix` [M, 2 D], `encoder_input` [M, H] and `encoder` [O, I] or [O].
+        layout: Tensors of role `lora_A` and `personal_A` [R, I], `lora_B` and `personal_B` [O, R] and `control`, which is
+            zero; those with heads (:mod:`fedllm.lora.heads`); `prefix` and `personal_prefix` [M, 2 D], `encoder_input`
+            [M, H] and `encoder` [O, I] or [O].
         seed: The run's seed.
 
     Raises:
@@ -106,6 +106,8 @@ def _unit_columns(spec: TensorSpec, draw: np.random.Generator) -> NDArray[np.flo
 _RULES: dict[tuple[str, int], Rule] = {
     ("lora_A", 2): _uniform,
     ("lora_B", 2): _zeros,
+    ("personal_A", 2): _uniform,
+    ("personal_B", 2): _zeros,
     ("lora_M", 3): _unit,
     ("head_A", 2): _unit_rows,
     ("head_B", 2): _unit_columns,

@@ -86,6 +86,10 @@ class LoraSettings(Section):
     """Square matrices between the two factors that strategies train which leave the factors alone: `fed-sb` has 1, `ravan`
     2 or more, a divisor of `rank`; 0 takes 1, and for `ravan` 4 or what of it divides the rank. Refused for the others."""
 
+    personal_rank: int = Field(0, ge=0, le=1024)
+    """Rank of a second adapter that every site trains for itself under `feddpa` and that never leaves it; its scale is that
+    of the first. 0 for none."""
+
     @model_validator(mode="after")
     def _check_ranks(self) -> Self:
         if self.min_rank > self.rank:
@@ -193,6 +197,8 @@ AdapterSpec = LoraSpec | SoftPromptSpec
 
 def common_part(adapter: AdapterSpec) -> AdapterSpec:
     """Return an adapter without what every site trains for itself."""
+    if isinstance(adapter, LoraSpec):
+        return adapter.model_copy(update={"personal_rank": 0})
     own = isinstance(adapter, PromptSpec | PrefixSpec)
     return adapter.model_copy(update={"num_personal_tokens": 0}) if own else adapter
 

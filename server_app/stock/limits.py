@@ -37,6 +37,7 @@ NEEDS_OUR_CLIENT: Mapping[str, str] = {
     "private": _KEEPS,
     "shared_depth": _KEEPS,
     "control_variates": "sites correct every step by control variates, and send how these changed",
+    "personal_share": _KEEPS,
     "share": "a site chooses which layers it sends",
 }
 """Reasons by field of :class:`ClientWork`."""

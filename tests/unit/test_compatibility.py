@@ -142,7 +142,13 @@ def test_the_table_names_only_what_there_is() -> None:
     names = {f"strategy.name = {name!r}" for name in RECIPES}
     aggregators = {f"strategy.aggregator = {name!r}" for name in ["mean", *SITE_RULES, *COORDINATE_RULES]}
     adapters = {f"adapter.kind = {kind!r}" for kind in get_args(AdapterKind)}
-    others = {"strategy.norm_bound", "simulation.ranks", "simulation.alphas", "rounds.buffer_size"}
+    others = {
+        "strategy.norm_bound",
+        "simulation.ranks",
+        "simulation.alphas",
+        "rounds.buffer_size",
+        "adapter.personal_rank",
+    }
     assert set(REFUSALS) <= names | aggregators | adapters | others
     assert aggregators | adapters <= set(REFUSALS)
     assert set(BOUNDS) <= set(REFUSALS)
