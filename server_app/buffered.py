@@ -96,8 +96,8 @@ class AsynchronousTraining:
             self._give_up_old(round_, harvest)
             newest = self._version(state, round_)
             newest.asked.intersection_update(harvest.accepted)  # a further attempt asks the others again
-            newest.ask(self._free(newest))
         with watch.phase("train"):
+            newest.ask(self._free(newest))
             self._fill(newest, harvest)
         outcome = Outcome(None)
         if len(harvest.accepted) >= federation.config.rounds.min_sites:

@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,7 @@ class QuadraticSite:
             spec.name: draw.standard_normal(spec.shape).astype(np.float32) for spec in LAYOUT.tensors
         }
         self.folder = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.seen: list[AnyMessage] = []
         self.held: dict[str, Arrays] = {}
         self.deliveries: list[str] = []

@@ -63,6 +63,7 @@ _DEMO_TASK = Task(
     personal_steps=2,
     settings={
         **demo_settings(),
+        "data.max_length": 64,
         "data.max_holdout_examples": 12,
         "train.batch_size": 1,
         "evaluation.local_only": False,
@@ -73,9 +74,11 @@ _DEMO_TASK = Task(
 )
 TASKS: dict[str, Task] = {"demo": _DEMO_TASK}
 """Tasks by name. `demo`: the base and the text of `make demo` (SmolLM2-135M-Instruct in NF4, four sites with topics of
-their own), one sequence a step, fewer held-out examples; nothing is compressed, so that differences are the strategies'."""
+their own), one short sequence a step, fewer held-out examples; nothing is compressed, so that differences are the
+strategies'."""
 
 NEEDS: dict[str, Settings] = {
+    "feddpa": {"adapter.personal_rank": 8},
     "fedprompt": {"adapter.kind": "prompt", "train.learning_rate": 0.03},
     "fedpeptao": {
         "adapter.kind": "prefix",
@@ -88,9 +91,11 @@ NEEDS: dict[str, Settings] = {
 
 VARIANTS: dict[str, Settings] = {
     "fedadam": {"strategy.server_optimizer": "adam", "strategy.server_learning_rate": 0.01},
+    "fedbuff": {"rounds.buffer_size": 2, "rounds.min_sites": 2, "num_rounds": 6, "evaluation.every": 6},
     "geometric-median": {"strategy.aggregator": "geometric-median"},
 }
-"""Choices that are no recipes of their own: FedAvg with another server optimizer or aggregator."""
+"""Choices that are no recipes of their own: FedAvg with another server optimizer or aggregator, or with a server that moves
+after every two updates, twice as often."""
 
 
 def choices() -> dict[str, Settings]:
@@ -108,5 +113,6 @@ def refusal(task: Task, choice: Mapping[str, Scalar]) -> str:
 
 
 def flat(config: RunConfig) -> Settings:
-    """Return a config as it is kept beside its result."""
-    return flatten(config)
+    """Return what a config changes of the defaults, as it is kept beside its result."""
+    defaults = flatten(RunConfig())
+    return {key: value for key, value in flatten(config).items() if value != defaults[key]}

@@ -61,11 +61,11 @@ def stock_strategy(settings: Mapping[str, Scalar] | None = None) -> StockStrateg
     """
     config = read_run_config(dict(settings or {}))
     check_settings(settings or {}, config)
+    strategy = build_strategy(config)
+    check_strategy(strategy)
     check_compatibility(config)
     for key in without_effect(config):
         log.warning("%s has no effect with these settings", key)
-    strategy = build_strategy(config)
-    check_strategy(strategy)
     return StockStrategy(strategy, config)
 
 
