@@ -12,12 +12,14 @@ from datetime import datetime
 from pathlib import Path
 
 from client_app.audit.notes import Notes, audit_log
+from client_app.doctor.case import Case
+from client_app.doctor.certificates import NEW_KIT, broken_certificates
 from client_app.policy.rounds import count_round
 from client_app.policy.rules import Asked, Refusal, fingerprint_refusals, refusals, refused
 from client_app.policy.sharing import disclosed, sharing_refusals
 from client_app.site import SiteConfig, load_site_config
 from client_app.workplace import SITE_CONFIG_KEY, Workplace
-from fedllm.errors import FedLLMError
+from fedllm.errors import ConfigError, FedLLMError, explain
 from fedllm.messages import AnyMessage, Instruction, TrainInstruction
 from fedllm.provenance import own_app
 from fedllm.wire.transport import Envelope
@@ -35,6 +37,7 @@ def attend(
 
     Raises:
         PolicyError: The data owner does not allow it.
+        ConfigError: The site's certificate does not hold.
         AuditError: It cannot be written down.
         FedLLMError: The work cannot be done.
     """
@@ -45,6 +48,7 @@ def attend(
     notes.received(envelope, own_app())
     try:
         admit(owner, instruction, own_app(), local_time())
+        check_certificates(owner, instruction)
         reply, back = perform(instruction, envelope, workplace)
         reply = disclosed(reply, owner.sharing)
     except Exception as error:
@@ -74,6 +78,16 @@ def admit(owner: SiteConfig, instruction: Instruction, app: str, now: datetime) 
         found = count_round(owner.paths.state_dir, owner.policy, instruction.run, instruction.request, now)
     if found:
         raise refused(found, owner.site.name, owner.file)
+
+
+def check_certificates(owner: SiteConfig, instruction: Instruction) -> None:
+    """Say what is wrong with the site's certificate where a run needs it; the gateway would only cut the connection.
+
+    Raises:
+        ConfigError: It has ended, does not hold yet, or is of another authority.
+    """
+    if instruction.read_config().transport.kind == "grpc" and (found := broken_certificates(Case(owner))):
+        raise ConfigError(explain("; ".join(found), where=owner.transport.certificate, fix=NEW_KIT))
 
 
 def write_down_unreadable(node_config: Mapping[str, object], error: FedLLMError) -> None:

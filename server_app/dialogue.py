@@ -1,8 +1,8 @@
 """Asking sites to do something with a state, and asking again where that can help.
 
 A reply can be lost after the work was done (flwr 1.41 drops a whole reply when one response to it is lost), and a site can
-lack a state that it held before it was moved or wiped. Both are asked again within the round; a site keeps its finished
-update, so it does not train twice for one request.
+lack a state that it held before it was moved or wiped. Both are asked again within the round, once they are back if they
+went away; a site keeps its finished update, so it does not train twice for one request.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Dialogue:
         self._round, self._make, self._with_update = round_, make, with_update
         self._resends: dict[str, int] = {}
         self._asked: dict[int, tuple[str, Member]] = {}
+        self._group = f"round-{round_}"
         self.bytes_down = 0
 
     def ask(self, sites: Mapping[str, Member], deadline: Deadline) -> Iterator[tuple[str, Reply]]:
@@ -66,13 +67,14 @@ class Dialogue:
         """Send to all and return each node by message id."""
         self._asked |= {member.node: (name, member) for name, member in sites.items()}
         messages = {member.node: self._message(name) for name, member in sites.items()}
-        return self._federation.exchange.send(messages, group=f"round-{self._round}")
+        return self._federation.exchange.send(messages, self._group)
 
     def settle(self, reply: Reply, pending: dict[str, int]) -> str | None:
         """Return whose answer a reply is, or None where the site was asked again, which is then in `pending`."""
         site, member = self._asked[reply.node]
         if self._is_worth_asking_again(site, reply):
-            pending |= self.send({site: member})
+            instruction, envelope = self._message(site)
+            pending |= self._federation.exchange.send_when_back(member.node, instruction, envelope, self._group)
             return None
         if not isinstance(reply.message, Failure):
             self._federation.broadcaster.confirm(site, self._starts[site].broadcast.state_id)

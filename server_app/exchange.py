@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 POLL_S = 0.25
 """Seconds between looks for replies."""
 
+AWAY_S = 90.0
+"""Seconds for which a message waits for a node that is away: a SuperNode that was killed is let in again once its last
+heartbeat has lapsed, after a minute at most, and starts anew."""
+
 _TYPES = {
     "hello": "query",
     "first-state": "query",
@@ -49,6 +53,17 @@ class Reply:
     node: int
     message: AnyMessage
     envelope: Envelope
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A message that waits for its node."""
+
+    node: int
+    instruction: Instruction
+    envelope: Envelope | None
+    group: str
+    until: float
 
 
 class Deadline:
@@ -83,6 +98,8 @@ class Exchange:
         self._grid = grid
         self._poll_s = poll_s
         self._late: dict[str, int] = {}
+        self._waiting: dict[str, _Waiting] = {}
+        self._sent_as: dict[str, str] = {}
         self._watched: list[dict[str, int]] = []
 
     def online(self) -> set[int]:
@@ -109,6 +126,16 @@ class Exchange:
         by_id = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
         return {id_: by_id[id_] for id_ in ids if id_ in by_id}
 
+    def send_when_back(
+        self, node: int, instruction: Instruction, envelope: Envelope | None, group: str
+    ) -> dict[str, int]:
+        """Send to a node that may be away, as soon as it is back or has been away for :data:`AWAY_S`; as :meth:`send`."""
+        if node in self.online():
+            return self.send({node: (instruction, envelope)}, group)
+        id_ = f"{group}: waits for {node} since {time.monotonic()}"
+        self._waiting[id_] = _Waiting(node, instruction, envelope, group, time.monotonic() + AWAY_S)
+        return {id_: node}
+
     def replies(self, pending: dict[str, int], deadline: Deadline) -> Iterator[Reply]:
         """Yield replies as they come, until all came or the deadline passed; what is left counts as late.
 
@@ -123,13 +150,31 @@ class Exchange:
                     return
                 time.sleep(max(0.0, min(self._poll_s, deadline.left_s)))
         finally:
-            self._late.update(pending)
+            self._postpone(pending)
 
     def pull(self, pending: dict[str, int]) -> Iterator[Reply]:
         """Yield the replies that are there now and remove them from `pending`."""
-        for id_ in list(pending):
-            for message in self._grid.pull_messages([id_]):
+        self._send_waiting(pending)
+        for id_ in [id_ for id_ in pending if id_ not in self._waiting]:
+            for message in self._grid.pull_messages([self._sent_as.get(id_, id_)]):
                 yield _read(message, pending.pop(id_))
+
+    def _send_waiting(self, pending: dict[str, int]) -> None:
+        """Send what waited long enough; what Flower does not take is no longer pending."""
+        waiting = {id_: self._waiting[id_] for id_ in pending.keys() & self._waiting.keys()}
+        online = self.online() if waiting else set()
+        for id_, one in waiting.items():
+            if one.node in online or time.monotonic() >= one.until:
+                del self._waiting[id_]
+                if sent := self.send({one.node: (one.instruction, one.envelope)}, one.group):
+                    [self._sent_as[id_]] = sent
+                else:
+                    del pending[id_]
+
+    def _postpone(self, pending: Mapping[str, int]) -> None:
+        """Count what is pending as late; what was not even sent will not be."""
+        unsent = {id_ for id_ in pending if self._waiting.pop(id_, None)}
+        self._late.update({id_: node for id_, node in pending.items() if id_ not in unsent})
 
     def late(self) -> Iterator[Reply]:
         """Yield replies to messages whose time had passed, so that they can be named and dropped."""
@@ -142,7 +187,7 @@ class Exchange:
     def give_up(self, pending: dict[str, int]) -> None:
         """Wait no longer: what is left in `pending` counts as late."""
         self._watched = [other for other in self._watched if other is not pending]
-        self._late.update(pending)
+        self._postpone(pending)
         pending.clear()
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from fedllm.lora.choice import rank_at
 from fedllm.messages import Failure, Hello, Introduction
 from fedllm.update import Layout
 from server_app.exchange import Exchange, Reply
-
-log = logging.getLogger(__name__)
 
 GRACE_S = 60.0
 """Seconds to wait for slower sites once enough have joined."""
@@ -167,7 +164,6 @@ class Roster:
     def _leave_out(self, site: str, reason: str) -> None:
         if self._reasons.get(site) == reason:
             return
-        log.warning("left out %s: %s", site, reason)
         self._reasons[site] = reason
         self._on_left_out(site, reason)
 

@@ -71,7 +71,7 @@ class Story:
             case Groups():
                 return self._labelled(event.round, iter([("groups", _groups(event))]))
             case LeftOut():
-                return [shorten(f"left out {clean(event.site)}: {clean(event.reason)}", 4 * COLUMNS)]
+                return [shorten(f"left out {clean(event.site)}: {clean(event.reason)}", 12 * COLUMNS)]
             case LocalOnly():
                 return [
                     f"local only  held-out loss {event.loss:.3f} where each of {len(event.sites)} sites trains alone"

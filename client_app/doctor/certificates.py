@@ -13,7 +13,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from client_app.doctor.case import Case
-from client_app.doctor.finding import Fact, Finding, failure, ok, warning
+from client_app.doctor.finding import Fact, Finding, Status, failure, ok, warning
 
 SOON = datetime.timedelta(days=30)
 """Time before a certificate's end from which on there is a warning."""
@@ -43,6 +43,13 @@ def examine_certificates(case: Case) -> Iterator[Finding]:
     if chain and authorities:
         yield examine_chain(chain, authorities)
     yield from _examine_key(section.key, chain, is_needed=section.certificate is not None)
+
+
+def broken_certificates(case: Case) -> list[str]:
+    """Return what keeps the gateway and this site from taking each other for members of one federation."""
+    about = ("authority", "certificate", "chain")
+    found = examine_certificates(case)
+    return [one.message for one in found if one.status is Status.FAILURE and one.check in about]
 
 
 def examine_authority(certificate: x509.Certificate) -> Finding:

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+PAUSE_S = 2.0
 _TIED = Path(__file__).with_name("tied.py")
 
 
@@ -67,6 +69,38 @@ class Child:
                 member.kill()
         self._process.wait()
         self._reader.join(timeout=1.0)
+
+
+class Companion:
+    """A program beside another that is started again whenever it ends.
+
+    Args:
+        start: Starts it.
+        on_end: Called when it has ended by itself.
+
+    Attributes:
+        num_ends: How often it did.
+    """
+
+    def __init__(self, start: Callable[[], Child], on_end: Callable[[], None]) -> None:
+        self._start, self._on_end = start, on_end
+        self._child: Child | None = None
+        self._due = 0.0
+        self.num_ends = 0
+
+    def tend(self) -> None:
+        """Start it where it is not running; after it ended only when a pause is over."""
+        if self._child is not None and self._child.has_ended:
+            self._child, self._due = None, time.monotonic() + PAUSE_S
+            self.num_ends += 1
+            self._on_end()
+        if self._child is None and time.monotonic() >= self._due:
+            self._child = self._start()
+
+    def end(self, grace_s: float) -> None:
+        """End it, if it runs."""
+        if self._child is not None:
+            self._child.end(grace_s)
 
 
 def _family(pid: int) -> list[psutil.Process]:

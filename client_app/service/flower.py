@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from client_app.service.folder import ServiceFolder
+from client_app.service.warm import write_program
 from client_app.workplace import SITE_CONFIG_KEY
 from fedllm.files import atomic_write
 from fedllm.provision.kit import CA, NODE_KEY, SITE, Kit
@@ -36,6 +37,15 @@ def environment(folder: ServiceFolder, inherited: Mapping[str, str]) -> dict[str
     """Return the environment of Flower's programs: ours first on the path, Flower's files inside the kit."""
     path = f"{Path(sys.executable).parent}:{inherited.get('PATH', '/usr/bin:/bin')}"
     return {"FLWR_HOME": str(folder.path / "flwr"), **inherited, **QUIET, "PATH": path}
+
+
+def with_warm_clientapps(environment: Mapping[str, str], folder: ServiceFolder) -> dict[str, str]:
+    """Return the SuperExec's environment: it finds our ClientApp's program first, and looks for work often.
+
+    A look costs a request on the loopback, some 3 ms; Flower looks every second.
+    """
+    path = f"{write_program(folder.path)}:{environment['PATH']}"
+    return {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25", **environment, "PATH": path}
 
 
 def write_node_config(folder: ServiceFolder, kit: Kit) -> None:

@@ -6,6 +6,7 @@ Everything lies in ``service/`` of the site's kit::
     service/status.json      what it says about itself
     service/superexec.secret what lets the site's own SuperExec, and nobody else on this machine, take work
     service/node.toml        what the SuperNode tells the ClientApp: where the site's file is
+    service/bin, service/warm  where messages find loaded libraries (:mod:`client_app.service.warm`)
     service/log              output of all processes, rotated
     service/beginning        what the service said before it had its log
 """

@@ -1,8 +1,9 @@
 """The service of a site: keeps Flower's SuperNode and SuperExec running for as long as it is not told to stop.
 
 The SuperExec starts a process for every message of the server. It is a program of its own with a secret shared with the
-SuperNode, so that nobody else on the machine can take the site's work. Whichever of the two ends is started again; with the
-SuperNode the SuperExec is too, because the work that it holds is lost with the SuperNode's memory.
+SuperNode, so that nobody else on the machine can take the site's work. Once the server has let the site in, a third program
+keeps the libraries loaded that messages need (:mod:`client_app.service.warm`). Whichever of them ends is started again;
+with the SuperNode the others are too, because the work that they hold is lost with the SuperNode's memory.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from client_app.doctor.case import Case
+from client_app.doctor.certificates import NEW_KIT, broken_certificates
 from client_app.service.backoff import Backoff
-from client_app.service.child import Child
+from client_app.service.child import Child, Companion
 from client_app.service.flower import (
     HEARTBEAT_LAPSE_S,
     NOT_ADMITTED,
@@ -28,11 +32,13 @@ from client_app.service.flower import (
     read_line,
     superexec_command,
     supernode_command,
+    with_warm_clientapps,
     without_colors,
     write_node_config,
 )
 from client_app.service.folder import ServiceFolder
 from client_app.service.status import Status, now, write_status
+from client_app.service.warm import SOCKET, warm_command
 from client_app.site import load_site_config
 from fedllm.files import atomic_write
 from fedllm.provision.kit import SITE, Kit, read_kit
@@ -40,7 +46,6 @@ from fedllm.provision.kit import SITE, Kit, read_kit
 LOG_BYTES, LOG_FILES = 10 << 20, 5
 GRACE_S = 15.0
 TICK_S = 0.2
-SUPEREXEC_PAUSE_S = 2.0
 
 
 def run_service(path: Path, *, echo: bool = True) -> None:
@@ -55,14 +60,17 @@ def run_service(path: Path, *, echo: bool = True) -> None:
     """
     folder = ServiceFolder(path.absolute())
     kit = read_kit(folder.kit)
-    load_site_config(folder.kit / SITE)  # a wrong file should be known now and not in the first round
+    owner = load_site_config(folder.kit / SITE)  # a wrong file should be known now and not in the first round
     os.umask(0o077)
     with folder.held():
         _prepare(folder, kit)
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        Service(folder, kit, stop, _log(folder, echo=echo)).run()
+        log = _log(folder, echo=echo)
+        for problem in broken_certificates(Case(owner)):
+            log.warning("[service] %s. %s", problem, NEW_KIT)
+        Service(folder, kit, stop, log).run()
 
 
 def _prepare(folder: ServiceFolder, kit: Kit) -> None:
@@ -105,24 +113,34 @@ class Service:
     def _live(self) -> None:
         """Run SuperNode and SuperExec until the SuperNode ends or the service stops."""
         port = _free_port()
+        is_warm = self._folder.path / SOCKET
+        is_warm.unlink(missing_ok=True)
         self._refusal = ""
         self._report(phase="starting")
         node = Child(supernode_command(self._folder, self._kit, port), self._environment, self._hear)
-        worker: Child | None = None
-        worker_due = time.monotonic()
+        superexec = self._companion(
+            "SuperExec",
+            superexec_command(self._folder, port, os.getpid()),
+            with_warm_clientapps(self._environment, self._folder),
+        )
+        warm = self._companion("warm process", warm_command(self._folder.path), self._environment)
         try:
             while not self._stop.is_set() and not node.has_ended:
-                if worker is not None and worker.has_ended:
-                    worker, worker_due = None, time.monotonic() + SUPEREXEC_PAUSE_S
-                    self._log.info("[service] SuperExec ended; it is started again")
-                if worker is None and time.monotonic() >= worker_due:
-                    command = superexec_command(self._folder, port, os.getpid())
-                    worker = Child(command, self._environment, self._write)
+                if self._status.phase == "connected":
+                    warm.tend()
+                if is_warm.exists() or warm.num_ends:  # Flower takes work back that is not begun within 30 s
+                    superexec.tend()
                 self._take_events()
         finally:
-            for child in filter(None, (worker, node)):
+            for child in (superexec, warm, node):
                 child.end(GRACE_S)
             self._take_events()
+
+    def _companion(self, name: str, command: list[str], environment: Mapping[str, str]) -> Companion:
+        def said() -> None:
+            self._log.info("[service] %s ended; it is started again", name)
+
+        return Companion(lambda: Child(command, environment, self._write), said)
 
     def _hear(self, line: str) -> None:
         self._write(line)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from fedllm.config import RunConfig
 from fedllm.model.allocations import LiveBytes
 from fedllm.model.build import attach_adapter, read_architecture
 from fedllm.model.footprint import Footprint, estimate
@@ -120,10 +121,22 @@ def test_a_model_far_too_large_for_this_machine_is_estimated_from_its_config_alo
     assert found.base == pytest.approx(4 * layer * 4.127 / 8 + 2 * 128256 * 8192 * 2, rel=0.01)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("keeps_freed_blocks", [True, False])
+SMALL = {"gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "keeps_freed_blocks"),
+    [
+        pytest.param({}, True, id="plain"),
+        pytest.param({}, False, id="plain-trimmed", marks=pytest.mark.slow),
+        pytest.param(SMALL, True, id="checkpointed", marks=pytest.mark.slow),
+        pytest.param(SMALL, False, id="checkpointed-trimmed", marks=pytest.mark.slow),
+    ],
+)
 def test_the_demos_training_takes_what_was_estimated(settings: dict[str, Any], keeps_freed_blocks: bool) -> None:
+    """The demo's base, batch and length, as the doctor assumes them; a process of its own, and its resident memory."""
+    sizes = RunConfig()
+    assert (sizes.train.batch_size, sizes.data.max_length) == (ROWS, LENGTH), "what is measured is what the demo does"
     found = estimated(read_architecture(resolve(SMOLLM, ROOT)), BaseSpec(**settings))
     peak = measured_peak(settings, keeps_freed_blocks=keeps_freed_blocks)
     assert found.peak - (0 if keeps_freed_blocks else found.reserve) == pytest.approx(peak, rel=0.2)

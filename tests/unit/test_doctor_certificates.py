@@ -11,7 +11,11 @@ from client_app.doctor.case import Case
 from client_app.doctor.certificates import examine_certificates
 from client_app.doctor.finding import Finding, Status, worst
 from client_app.doctor.identity import examine_identity
+from client_app.gate import check_certificates
 from client_app.site import load_site_config
+from fedllm.config import flatten, read_run_config
+from fedllm.errors import ConfigError
+from fedllm.messages import Hello
 from fedllm.provision.keys import public_line, write_node_key
 from tests.doctor_tools import Authority, by_check, make_case, make_kit, private_pem
 
@@ -115,3 +119,19 @@ def test_a_nodes_key_is_looked_at_where_the_site_has_a_kit(tmp_path: Path) -> No
 def test_plaintext_is_warned_of(tmp_path: Path) -> None:
     (finding,) = examine_certificates(make_case(tmp_path, "insecure = true"))
     assert finding.status is Status.WARNING
+
+
+def test_a_certificate_that_does_not_hold_is_said_before_a_run_needs_it(tmp_path: Path) -> None:
+    owner = load_site_config(make_kit(tmp_path))
+    asked = [
+        Hello(run="r", run_folder="", config=flatten(read_run_config({"transport.kind": kind})))
+        for kind in ("grpc", "flower")
+    ]
+    for instruction in asked:
+        check_certificates(owner, instruction)
+    certificate, key = Authority.make("another federation").sign("site a", -1)
+    (tmp_path / "site.crt").write_bytes(certificate)
+    (tmp_path / "site.key").write_bytes(key)
+    with pytest.raises(ConfigError, match=r"certificate ended on .* UTC; .*another federation.*site\.crt.*operator"):
+        check_certificates(owner, asked[0])
+    check_certificates(owner, asked[1])  # where updates ride in Flower's messages nobody asks for a certificate
