@@ -11,9 +11,13 @@ the side factors, recompressed to their rank where it does not fit; without side
 energy (its squared norm) that is not in the next state is measured every round as `discarded_energy`; its root is the
 relative error of the round.
 
+All of it happens in coordinates: everything that a layer's round is made of is brought into two orthonormal bases once,
+one of columns and one of rows, which keep products, norms and singular values. What follows has S + (K + 3) R rows and
+columns in place of O and I, and only the next factors are taken back.
+
 Memory: one layer of all updates at a time.
 
-Shape legend: O out, I in, R the federation's rank, S rank of the side factors, K updates.
+Shape legend: O out, I in, R the federation's rank, S rank of the side factors, K updates, M and N coordinates.
 """
 
 from __future__ import annotations
@@ -28,9 +32,10 @@ from numpy.typing import NDArray
 from fedllm.lora.pairs import Pair, pairs_of
 from fedllm.model.initial import initial_arrays
 from fedllm.rng import derive
-from fedllm.update import Arrays, Contribution, Layout
-from strategies.lowrank.product import Matrix, Product, difference, nothing, product, total
+from fedllm.update import Arrays, Contribution, Layout, TensorSpec
+from strategies.lowrank.product import Matrix, Product, difference, product, total
 from strategies.lowrank.rules import Layer, Rule
+from strategies.lowrank.span import Frame, frame
 from strategies.lowrank.spectrum import norm_of, recompress
 from strategies.slots import Aggregation, Measurements, Origin, UpdateSource
 
@@ -77,57 +82,63 @@ class _Products:
         assert self.updates, "finish() needs at least one update"
         delta: Arrays = {}
         account = _Account()
-        fresh = initial_arrays(self.origin.layout, derive(self.setup.seed, self.origin.round, purpose="fresh factors"))
+        seed = derive(self.setup.seed, self.origin.round, purpose="fresh factors")
         for pair in pairs_of(self.origin.layout):
-            after = self._layer(pair, fresh, account)
+            after = self._layer(pair, seed, account)
             delta |= {name: _difference(value, self.origin.params[name]) for name, value in after.items()}
         return {name: delta[name] for name in self.origin.layout.names if name in delta}, account.measurements
 
-    def _layer(self, pair: Pair, fresh: Arrays, account: _Account) -> dict[str, Matrix]:
+    def _layer(self, pair: Pair, seed: int, account: _Account) -> dict[str, Matrix]:
         """Return a layer's next tensors by name."""
-        layer = self._gathered(pair, fresh[pair.a.name].astype(np.float64))
+        [fresh] = initial_arrays(Layout((pair.a,)), seed).values()
+        columns = frame(self._parts(pair.b, pair.side_b))
+        rows = frame(self._parts(pair.a, pair.side_a) | {"fresh": _columns(fresh, pair.a)})
+        layer, before = self._gathered(columns, rows), self._before(columns, rows)
         b, a = self.setup.rule.factor(layer)
         lacking = difference(layer.target, product(b, a, self.setup.scale))
-        kept = recompress(lacking, pair.side_rank)
-        account.take(layer.target, self._applied(self.origin.params, pair), kept.discarded_energy, kept.kept.rank)
-        after = {pair.a.name: a, pair.b.name: b}
-        return after | (_padded(kept.kept, pair) if pair.side_rank else {})
+        rest = recompress(lacking, pair.side_rank)
+        account.take(layer.target, before, rest.discarded_energy, rest.kept.rank)
+        after = {pair.b.name: columns.restored(b), pair.a.name: rows.restored(a.T).T}
+        side = Product(columns.restored(rest.kept.left), rows.restored(rest.kept.right.T).T)
+        return after | (_padded(side, pair) if pair.side_rank else {})
 
-    def _gathered(self, pair: Pair, fresh: Matrix) -> Layer:
-        """Read a layer of every update into one stack and one pair of means."""
+    def _parts(self, spec: TensorSpec, side: str) -> dict[str, Matrix]:
+        """Return all that makes one factor in a round, as columns [O, *] or [I, *], zero where a site says nothing."""
         params, received = self.origin.params, self.origin.received
-        whole = math.fsum(weight for _, weight in self.updates)
-        terms, mean_b, mean_a = [self._side(params, pair)], _zeros(pair.b.shape), _zeros(pair.a.shape)
-        for update, weight in self.updates:
-            step_b, step_a = (
-                self._read(update, pair.b.name, pair.b.shape),
-                self._read(update, pair.a.name, pair.a.shape),
-            )
-            b, a = received[pair.b.name] + step_b, received[pair.a.name] + step_a
-            terms.append(product(b, a, self.setup.scale * weight / whole))
-            mean_b += weight / whole * step_b
-            mean_a += weight / whole * step_a
-        terms += self._unsent(pair)
-        b, a = params[pair.b.name] + mean_b, params[pair.a.name] + mean_a
-        return Layer(total(terms), b, a, self.setup.scale, fresh)
+        ours = _columns(params[spec.name], spec)
+        steps = np.zeros((len(ours), len(self.updates), ours.shape[1]))
+        if spec.name in self.layout:
+            for number, (update, _) in enumerate(self.updates):
+                steps[:, number] = _columns(update.read(spec.name), spec)
+        return {
+            "side": _columns(params[side], spec) if side in params else np.zeros((len(ours), 0)),
+            "ours": ours,
+            "unsent": ours - _columns(received[spec.name], spec),
+            "steps": steps.reshape(len(ours), -1),
+        }
 
-    def _read(self, update: UpdateSource, name: str, shape: tuple[int, ...]) -> Matrix:
-        return update.read(name).astype(np.float64) if name in self.layout else _zeros(shape)
+    def _gathered(self, columns: Frame, rows: Frame) -> Layer:
+        """Bring a layer of every update into one stack and one pair of means."""
+        count, rank, scale = len(self.updates), columns["ours"].shape[1], self.setup.scale
+        weights = np.array([weight for _, weight in self.updates])
+        shares = np.repeat(weights / weights.sum(), rank)  # [K R]
+        b, a = (np.tile(_received(side), count) + side["steps"] for side in (columns, rows))  # [M, K R], [N, K R]
+        terms = [_side(columns, rows), product(b * shares, a.T, scale), *self._unsent(columns, rows)]
+        mean_b, mean_a = (
+            side["ours"] + (side["steps"] * shares).reshape(-1, count, rank).sum(axis=1) for side in (columns, rows)
+        )
+        return Layer(total(terms), mean_b, mean_a.T, scale, rows["fresh"].T)
 
-    def _side(self, arrays: Arrays, pair: Pair) -> Product:
-        return product(arrays[pair.side_b], arrays[pair.side_a]) if pair.side_rank else nothing(pair.shape)
+    def _before(self, columns: Frame, rows: Frame) -> Product:
+        """Return what the state before the round applies."""
+        return total([_side(columns, rows), product(columns["ours"], rows["ours"].T, self.setup.scale)])
 
-    def _applied(self, arrays: Arrays, pair: Pair) -> Product:
-        return total([self._side(arrays, pair), product(arrays[pair.b.name], arrays[pair.a.name], self.setup.scale)])
-
-    def _unsent(self, pair: Pair) -> Sequence[Product]:
+    def _unsent(self, columns: Frame, rows: Frame) -> Sequence[Product]:
         """Return what the server has and the sites did not decode of the trained factors' product."""
-        params, received = self.origin.params, self.origin.received
-        if all(np.array_equal(params[name], received[name]) for name in (pair.a.name, pair.b.name)):
+        if not columns["unsent"].any() and not rows["unsent"].any():
             return ()
-        scale = self.setup.scale
-        ours, theirs = (product(arrays[pair.b.name], arrays[pair.a.name], scale) for arrays in (params, received))
-        return ours, theirs.scaled(-1.0)
+        ours = product(columns["ours"], rows["ours"].T, self.setup.scale)
+        return ours, product(_received(columns), _received(rows).T, -self.setup.scale)
 
 
 @dataclass
@@ -153,8 +164,17 @@ class _Account:
         return {"delta_norm": math.sqrt(self.moved), "discarded_energy": share, "side_rank": float(self.side_rank)}
 
 
-def _zeros(shape: tuple[int, ...]) -> Matrix:
-    return np.zeros(shape)
+def _columns(value: NDArray[np.float32], spec: TensorSpec) -> Matrix:
+    """Return a factor as columns: A stands on its side."""
+    return np.asarray(value.T if spec.role == "lora_A" else value, np.float64)
+
+
+def _received(side: Frame) -> Matrix:
+    return side["ours"] - side["unsent"]
+
+
+def _side(columns: Frame, rows: Frame) -> Product:
+    return product(columns["side"], rows["side"].T)
 
 
 def _padded(term: Product, pair: Pair) -> dict[str, Matrix]:

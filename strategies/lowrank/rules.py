@@ -4,7 +4,10 @@ A rule sees one layer at a time: the ideal product after the round, the mean fac
 product its factors leave out goes into the side adapter or is lost, as the strategy says
 (:class:`strategies.lowrank.mean.ProductMean`).
 
-Shape legend: O out, I in, R the federation's rank.
+All are given in orthonormal bases of the layer's columns and rows, and so are the factors that a rule makes: rules are
+about products, norms and singular values, which are the same in every such basis.
+
+Shape legend: O out and I in, or as many coordinates; R the federation's rank.
 """
 
 from __future__ import annotations
