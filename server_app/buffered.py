@@ -21,8 +21,9 @@ from server_app.checkpoint import RunState
 from server_app.dialogue import Dialogue
 from server_app.exchange import POLL_S, Deadline, Reply
 from server_app.federation import Federation, Stopwatch
+from server_app.folding import Accepted
 from server_app.roster import Member
-from server_app.training import Accepted, Harvest, Outcome, aggregate, round_event, take, training_dialogue
+from server_app.training import Harvest, Outcome, aggregate, round_event, take, training_dialogue
 
 log = logging.getLogger(__name__)
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from fedllm.errors import FedLLMError, TransportError, UpdateError, explain
 from fedllm.messages import Failure, TrainInstruction, TrainReport
-from fedllm.update import Contribution
 from fedllm.work import ClientWork
 from server_app.arrivals import Arrivals, arrivals
 from server_app.broadcast import Start
@@ -24,36 +21,12 @@ from server_app.checkpoint import RunState
 from server_app.dialogue import Dialogue
 from server_app.exchange import Deadline, Reply
 from server_app.federation import Federation, Stopwatch
-from server_app.groups import by_group, divided, joined, measured_together
+from server_app.folding import Accepted, grouped, moved
+from server_app.groups import by_group, joined, measured_together
 from server_app.roster import Member
 from strategies.parts import check_length
-from strategies.slots import Measurements, Origin, UpdateSource
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """A usable reply.
-
-    Attributes:
-        site: Whose it is.
-        report: Its account.
-        payload: Its update.
-        num_bytes: Size of that.
-        arriving: What opens it; of a late reply, that of the round in which the site was asked.
-    """
-
-    site: str
-    report: TrainReport
-    payload: Path
-    num_bytes: int
-    arriving: Arrivals
-
-    @property
-    def start(self) -> Start:
-        """What the site trained from."""
-        return self.arriving.starts[self.site]
 
 
 @dataclass
@@ -256,10 +229,10 @@ def aggregate(federation: Federation, state: RunState, accepted: Mapping[str, Ac
     """Move the global state of every group along its sites' updates, after finding the groups where that is due."""
     broadcasts = [federation.broadcaster.prepare(branch) for branch in state.branches]
     try:
-        state, found = _grouped(federation, state, accepted)
+        state, found = grouped(federation.strategy, state, accepted)
         broadcasts *= len(state.branches) // len(broadcasts)  # new groups stand where all stood
         results = [
-            _moved(federation, Start(branch, broadcasts[branch.group]), sent)
+            moved(federation.strategy, Start(branch, broadcasts[branch.group]), sent, len(federation.roster.members))
             for branch, sent in by_group(state, accepted)
         ]
     except UpdateError as error:
@@ -270,60 +243,6 @@ def aggregate(federation: Federation, state: RunState, accepted: Mapping[str, Ac
             reply.payload.unlink(missing_ok=True)
     measured = measured_together([measured for _, measured in results])
     return Outcome(joined(state, [branch for branch, _ in results]), {**measured, **found})
-
-
-def _grouped(
-    federation: Federation, state: RunState, accepted: Mapping[str, Accepted]
-) -> tuple[RunState, Measurements]:
-    """Return the state that the round's updates move, divided between groups if this is the round that finds them."""
-    grouping, round_ = federation.strategy.grouping, state.round + 1
-    if grouping is None or not grouping.is_due(round_):
-        return state, {}
-    with ExitStack() as opened:
-        updates = {site: opened.enter_context(_opened(reply)) for site, reply in accepted.items()}
-        groups, measured = grouping.groups(updates, federation.strategy.work.at(round_).sent(state.layout))
-    return divided(state, groups), measured
-
-
-def _moved(federation: Federation, current: Start, accepted: Mapping[str, Accepted]) -> tuple[RunState, Measurements]:
-    """Fold the updates of one group in the order of the sites' names and move its current state along the result.
-
-    A spooled update is closed and deleted as soon as it is folded, or where the aggregation reads it again, at the end.
-
-    Raises:
-        UpdateError: The updates cannot be aggregated.
-    """
-    state, received, round_ = current.state, current.broadcast.arrays, current.state.round + 1
-    if not accepted:
-        return replace(state, round=round_, sent=received, moved=()), {}
-    origin = Origin(round_, state.layout, state.params, received, len(federation.roster.members))
-    aggregation = federation.strategy.aggregator.start(federation.strategy.work.at(round_).sent(state.layout), origin)
-    with ExitStack() as kept:
-        for site in sorted(accepted):
-            reply = accepted[site]
-            weight = _weight(federation.config.strategy.weighting, reply.report)
-            losses = {} if reply.report.loss is None else {"loss": reply.report.loss}
-            rank, staleness = reply.arriving.ranks[site], state.round - reply.start.state.round
-            kept.callback(reply.payload.unlink, missing_ok=True)
-            update = kept.enter_context(_opened(reply))
-            aggregation.fold(update, Contribution(site, weight, losses, rank, staleness))
-            if not aggregation.reads_until_finish:
-                kept.close()
-        delta, measured = aggregation.finish()
-    params, optimizer = federation.strategy.optimizer.apply(state.optimizer, state.params, delta)
-    moved = replace(state, round=round_, params=params, sent=received, optimizer=optimizer, moved=tuple(delta))
-    return moved, measured
-
-
-@contextmanager
-def _opened(reply: Accepted) -> Iterator[UpdateSource]:
-    """Open an accepted update as one of the federation's tensors and shapes."""
-    with reply.arriving.open(reply.payload, reply.report) as payload:
-        yield reply.arriving.in_full(payload, reply.report)
-
-
-def _weight(weighting: str, report: TrainReport) -> float:
-    return float({"examples": report.num_examples, "tokens": report.num_tokens, "uniform": 1}[weighting])
 
 
 def round_event(

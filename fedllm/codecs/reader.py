@@ -184,7 +184,9 @@ class PayloadReader:
             OversizedPayloadError: A compressed part is larger than the tensor can need.
             NonFiniteError: It holds NaN or infinity.
         """
-        return self._codec(name).decode(self._open_segment(name)).reshape(self._layout[name].shape)
+        values = self._codec(name).decode(self._open_segment(name)).reshape(self._layout[name].shape)
+        self._let_go(name)
+        return values
 
     def restore(self, name: str) -> Values:
         """Return one tensor's absolute values: what :meth:`read` gives, plus the reference if it is a difference.
@@ -223,6 +225,7 @@ class PayloadReader:
         assert accumulator.shape == spec.shape, f"accumulator {accumulator.shape} for {spec}"
         assert accumulator.flags.c_contiguous, "the accumulator must be C-contiguous"
         codec.add(self._open_segment(name), accumulator.reshape(-1), weight)
+        self._let_go(name)
         if weights is not None:
             weights[self.coverage(name)] += weight
 
@@ -239,6 +242,7 @@ class PayloadReader:
         """
         for name in self.names:
             self._open_segment(name)
+            self._let_go(name)
 
     def close(self) -> None:
         """Let go of the bytes; the file is unmapped."""
@@ -284,6 +288,16 @@ class PayloadReader:
             raise type(error)(f"{error} In tensor {name!r} of {self.where}.") from error
         self._checked.add(name)
         return opened
+
+    def _let_go(self, name: str) -> None:
+        """Take a segment's pages out of this process's memory; a mapped file would stay there as far as it was read.
+
+        They remain in the system's cache, so another reading finds them.
+        """
+        if self._map is not None:
+            start, stop, _ = self._segments[name]
+            page = start - start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, page, stop - page)
 
 
 def _check_sum(segment: memoryview, expected: int) -> None:

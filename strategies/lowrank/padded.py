@@ -14,14 +14,14 @@ Memory: one running sum of the adapter's size; with weights by norm, one layer o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from fedllm.lora.pairs import Pair, pairs_of
-from fedllm.update import Arrays, Contribution, Layout
+from fedllm.lora.cut import own_components
+from fedllm.lora.pairs import pairs_of
+from fedllm.update import Arrays, Contribution, Layout, TensorSpec
 from strategies.lowrank.product import Matrix, product
 from strategies.slots import Aggregation, Measurements, Origin, UpdateSource
 
@@ -47,48 +47,62 @@ class PaddedMean:
 
 @dataclass
 class _Padded:
-    """Running weighted sums of the padded factors."""
+    """Running weighted sums of what sites changed, and for every component of the weights of the sites that hold it.
+
+    With c the share of the weight that holds a component, the padded mean is `c received + sum_k p_k step_k`.
+    """
 
     setup: PaddedMean
     layout: Layout
     origin: Origin
     sums: dict[str, Matrix] = field(default_factory=dict)
+    held: dict[str, Matrix] = field(default_factory=dict)
     whole: float = 0.0
     reads_until_finish = False
 
     def fold(self, update: UpdateSource, contribution: Contribution) -> None:
-        """Add a site's factors as far as it holds them."""
+        """Add a site's steps as far as it holds the components."""
         weight = contribution.weight if self.setup.weighting == "contribution" else self._norm(update, contribution)
-        for _, factors in self._factors(update, contribution):
-            for name, value in factors.items():
-                self.sums[name] = self.sums.get(name, 0.0) + weight * value
+        for pair in pairs_of(self.layout):
+            rank = contribution.rank or pair.rank
+            held = self.held.setdefault(pair.layer, np.zeros(pair.rank))
+            held[:rank] += weight
+            for spec in (pair.b, pair.a):
+                self._add(update, spec, weight, None if rank == pair.rank else own_components(spec, rank))
         self.whole += weight
 
     def finish(self) -> tuple[Arrays, Measurements]:
-        """Return the difference to the padded mean, and its norm."""
+        """Return the difference to the padded mean, and its norm; the sums are used up."""
         assert self.sums, "finish() needs at least one update"
-        received = self.origin.received
-        if not self.whole:  # no site applies anything: weights by norm have nothing to go by
-            return {name: np.zeros_like(received[name]) for name in self.sums}, {"delta_norm": 0.0}
-        delta = {name: np.asarray(value / self.whole - received[name]) for name, value in self.sums.items()}
-        norm = math.sqrt(math.fsum(float(np.vdot(value, value)) for value in delta.values()))
-        return {name: delta[name].astype(np.float32) for name in self.layout.names}, {"delta_norm": norm}
+        delta: Arrays = {}
+        squares = []
+        for pair in pairs_of(self.layout):
+            missing = self.held[pair.layer] / self.whole - 1.0 if self.whole else np.zeros(pair.rank)  # [R], c - 1
+            for spec, share in ((pair.b, missing), (pair.a, missing[:, None])):
+                step = self.sums.pop(spec.name)
+                if self.whole:  # no site applies anything: weights by norm have nothing to go by
+                    step /= self.whole
+                step += share * self.origin.received[spec.name]
+                squares.append(float(np.vdot(step, step)))
+                delta[spec.name] = step.astype(np.float32)
+        return {name: delta[name] for name in self.layout.names}, {"delta_norm": math.sqrt(math.fsum(squares))}
+
+    def _add(self, update: UpdateSource, spec: TensorSpec, weight: float, own: tuple[slice, ...] | None) -> None:
+        sums = self.sums.setdefault(spec.name, np.zeros(spec.shape))
+        if own is None:
+            update.add_to(spec.name, sums, weight)
+        else:
+            sums[own] += weight * update.read(spec.name)[own].astype(np.float64)
 
     def _norm(self, update: UpdateSource, contribution: Contribution) -> float:
-        norms = (
-            product(factors[pair.b.name], factors[pair.a.name], self.setup.scale).norm
-            for pair, factors in self._factors(update, contribution)
-        )
-        return math.sqrt(math.fsum(norm**2 for norm in norms))
-
-    def _factors(self, update: UpdateSource, contribution: Contribution) -> Iterator[tuple[Pair, dict[str, Matrix]]]:
-        """Yield the factors that the site trained, layer by layer, zero where it holds nothing."""
+        """Return the norm of all that a site applies."""
+        squares = []
         for pair in pairs_of(self.layout):
-            b, a = (self._trained(update, spec.name) for spec in (pair.b, pair.a))
-            held = contribution.rank or pair.rank
-            b[:, held:] = 0.0
-            a[held:] = 0.0
-            yield pair, {pair.b.name: b, pair.a.name: a}
+            rank = contribution.rank or pair.rank
+            b, a = (self._trained(update, spec, rank) for spec in (pair.b, pair.a))
+            squares.append(product(b, a, self.setup.scale).norm ** 2)
+        return math.sqrt(math.fsum(squares))
 
-    def _trained(self, update: UpdateSource, name: str) -> Matrix:
-        return np.asarray(self.origin.received[name] + update.read(name).astype(np.float64))
+    def _trained(self, update: UpdateSource, spec: TensorSpec, rank: int) -> Matrix:
+        own = own_components(spec, rank)
+        return np.asarray(self.origin.received[spec.name][own] + update.read(spec.name)[own].astype(np.float64))

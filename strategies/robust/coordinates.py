@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedllm.update import Arrays, Contribution, Layout
 from strategies.robust.judged import measured_norms
-from strategies.robust.space import Vector
+from strategies.robust.space import COLUMNS, Vector
 from strategies.slots import Aggregation, Measurements, Origin, UpdateSource
 
 
@@ -81,10 +81,19 @@ class _Trimming:
 
     def _middle(self, name: str, cut: int, squares: Vector) -> NDArray[np.float32]:
         """Return one tensor of the aggregate [N], and add the squares of the updates' norms [K]."""
-        rows = np.empty((len(self.updates), *self.layout[name].shape), np.float32)
+        count = len(self.updates)
+        rows = np.empty((count, *self.layout[name].shape), np.float32)
         for number, update in enumerate(self.updates):
             rows[number] = update.read(name)
             squares[number] += np.sum(np.square(rows[number], dtype=np.float64))
-        rows.sort(axis=0)
-        kept = rows[cut : len(rows) - cut]
-        return np.asarray(kept.mean(axis=0, dtype=np.float64), np.float32)
+        return _middle_of(rows.reshape(count, -1), cut).reshape(self.layout[name].shape)
+
+
+def _middle_of(rows: NDArray[np.float32], cut: int) -> NDArray[np.float32]:
+    """Return the mean [N] of every column [K] without so many of its extremes at either end."""
+    middle = np.empty(rows.shape[1], np.float32)
+    for start in range(0, len(middle), COLUMNS):
+        part = rows[:, start : start + COLUMNS].copy()
+        part.sort(axis=0)
+        middle[start : start + COLUMNS] = part[cut : len(part) - cut].mean(axis=0, dtype=np.float64)
+    return middle

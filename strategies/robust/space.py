@@ -25,8 +25,8 @@ from strategies.slots import UpdateSource
 Block = NDArray[np.float64]
 Vector = NDArray[np.float64]
 
-_COLUMNS = 1 << 14
-"""Coordinates compared at a time, so that the differences of a block stay in the processor's cache."""
+COLUMNS = 1 << 14
+"""Coordinates compared or sorted at a time, so that a block stays in the processor's cache."""
 
 
 class Space(Protocol):
@@ -133,5 +133,5 @@ def _scale_to(row: Vector, norm: float) -> float:
 
 def _parts(space: Space) -> Iterator[Block]:
     for block in space.blocks():
-        for start in range(0, block.shape[1], _COLUMNS):
-            yield block[:, start : start + _COLUMNS]
+        for start in range(0, block.shape[1], COLUMNS):
+            yield block[:, start : start + COLUMNS]
