@@ -50,7 +50,7 @@ class Federation:
     ) -> None:
         self.layout = layout_of(megabytes)
         state = zeros(self.layout)
-        self._origin = Origin(1, self.layout, state, state)
+        self._origin, self._aggregator = Origin(1, self.layout, state, state), WeightedMean()
         self._state = encode(folder / "state.payload", self.layout, kind="state", pipeline=downlink, seed=0)
         spool = Spool(folder / "spool")
         server = UpdateServer(spool, TicketKey.generate(), "benchmark", ports="0", insecure=True)
@@ -97,7 +97,7 @@ class Federation:
         return max(end for _, end in spans) - min(start for start, _ in spans)
 
     def _aggregate(self, replies: Mapping[str, Envelope]) -> None:
-        aggregation = WeightedMean().start(self.layout, self._origin)
+        aggregation = self._aggregator.start(self.layout, self._origin)
         for site in sorted(replies):
             path = self.transport.receive(round_=1, site=site, reply=replies[site])
             with open_update(path, self.layout) as payload:

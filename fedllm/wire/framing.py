@@ -1,24 +1,32 @@
 """Chunks into messages and back into files, the same for both directions.
 
 Messages with chunks are put together and taken apart by hand; the bytes are those of the generated module. It would copy a
-chunk into its own memory and out again at either end, which costs a sender a quarter of its time and a receiver a tenth.
+chunk into its own memory and out again at either end, which costs a sender a quarter of its time and a receiver a tenth. A
+sender reads a chunk to where its message is put together, so that one copy and no memory but the message's is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import errno
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
 from fedllm.wire import updates_pb2 as pb
-from fedllm.wire.digest import checksum
+from fedllm.wire.digest import CHUNK_BYTES, checksum
 from fedllm.wire.part import Part
 from fedllm.wire.status import Reason, RefusedError
 
-READ_AHEAD = 2
-"""Chunks of one stream that wait while as many are written or read. Handing several to a thread at a time saves a fifth of
-a receiver's work."""
+WRITE_BEHIND = 2
+"""Chunks of one stream that wait at the server while as many are written. Handing several to a thread at a time saves a
+fifth of its work."""
+
+_HEAD_BYTES = 64
+"""Room for everything before a chunk's data."""
+_CACHED_ONLY = getattr(os, "RWF_NOWAIT", None)
+"""Reads what is in memory and does not wait for the disk; Linux has it."""
 
 _VARINT, _FIXED64, _BYTES = 0, 1, 2
 
@@ -32,15 +40,51 @@ class Chunk:
     data: memoryview
 
 
-def chunk_message(offset: int, data: bytes) -> bytes:
-    """Return a serialized ``Chunk`` with its checksum; data must not be empty."""
-    return b"".join((_chunk_head(offset, data), data))
+class Framer:
+    """Makes messages of a file's chunks. Not for several threads at a time; one serves any number of files.
 
+    Args:
+        is_push: Make a ``PushRequest`` of each chunk, and no bare ``Chunk``.
+    """
 
-def push_message(offset: int, data: bytes) -> bytes:
-    """Return a serialized ``PushRequest`` that holds a chunk; data must not be empty."""
-    head = _chunk_head(offset, data)
-    return b"".join((_PUSH_CHUNK, _varint(len(head) + len(data)), head, data))
+    def __init__(self, *, is_push: bool) -> None:
+        self._is_push = is_push
+        self._buffer = memoryview(bytearray(_HEAD_BYTES + CHUNK_BYTES))
+
+    def read(self, descriptor: int, offset: int, end: int) -> tuple[bytes, int]:
+        """Return the serialized message of the chunk from one offset to at most another, and the bytes of the file in it.
+
+        Raises:
+            OSError: The file cannot be read, or ends before the offset.
+        """
+        return self._message(offset, os.preadv(descriptor, [self._room(end - offset)], offset))
+
+    def read_cached(self, descriptor: int, offset: int, end: int) -> tuple[bytes, int] | None:
+        """Do the same with what the system holds of the file in memory; None if there is nothing, or it cannot tell."""
+        if _CACHED_ONLY is None:
+            return None
+        try:
+            num_bytes = os.preadv(descriptor, [self._room(end - offset)], offset, _CACHED_ONLY)
+        except OSError:
+            return None
+        return self._message(offset, num_bytes)
+
+    def _room(self, num_bytes: int) -> memoryview:
+        return self._buffer[_HEAD_BYTES : _HEAD_BYTES + num_bytes]
+
+    def _message(self, offset: int, num_bytes: int) -> tuple[bytes, int]:
+        if not num_bytes:
+            raise OSError(errno.EIO, "the file was cut while it was sent")
+        end = _HEAD_BYTES + num_bytes
+        head = self._head(offset, self._buffer[_HEAD_BYTES:end])
+        start = _HEAD_BYTES - len(head)
+        self._buffer[start:_HEAD_BYTES] = head
+        return bytes(self._buffer[start:end]), num_bytes
+
+    def _head(self, offset: int, data: memoryview) -> bytes:
+        fields = pb.Chunk(offset=offset, checksum=checksum(data)).SerializeToString()
+        head = fields + _CHUNK_DATA + _varint(len(data))
+        return _PUSH_CHUNK + _varint(len(head) + len(data)) + head if self._is_push else head
 
 
 def read_chunk(message: bytes | memoryview) -> Chunk:
@@ -70,29 +114,23 @@ def read_push(message: bytes) -> Chunk:
     return read_chunk(inner)
 
 
-def append_chunks(part: Part, chunks: Iterable[Chunk]) -> None:
-    """Append chunks that arrived, each if it is the next one and whole.
+def append_chunk(part: Part, chunk: Chunk) -> None:
+    """Append a chunk that arrived if it is the next one and whole.
 
     Raises:
-        RefusedError: One is not; the part ends before it, so the sender can go on from there.
+        RefusedError: It is not; the part ends before it, so the sender can go on from there.
         UpdateError, TransportError: See :meth:`fedllm.wire.part.Part.append`.
     """
-    for chunk in chunks:
-        if chunk.offset != part.size:
-            raise RefusedError(Reason.OUT_OF_STEP, f"The transfer goes on at byte {part.size}, not {chunk.offset}.")
-        if checksum(chunk.data) != chunk.checksum:
-            raise RefusedError(Reason.CORRUPT, f"The chunk at byte {chunk.offset} does not have its checksum.")
-        part.append(chunk.data)
+    if chunk.offset != part.size:
+        raise RefusedError(Reason.OUT_OF_STEP, f"The transfer goes on at byte {part.size}, not {chunk.offset}.")
+    if checksum(chunk.data) != chunk.checksum:
+        raise RefusedError(Reason.CORRUPT, f"The chunk at byte {chunk.offset} does not have its checksum.")
+    part.append(chunk.data)
 
 
 def serialize(message: Message | bytes) -> bytes:
     """Serialize a message unless it is serialized already."""
     return message if isinstance(message, bytes) else message.SerializeToString()
-
-
-def _chunk_head(offset: int, data: bytes) -> bytes:
-    head = pb.Chunk(offset=offset, checksum=checksum(data)).SerializeToString()
-    return head + _CHUNK_DATA + _varint(len(data))
 
 
 def _fields(view: memoryview) -> Iterator[tuple[int, int | memoryview]]:

@@ -1,7 +1,7 @@
 """What the update server answers: the four methods of ``updates.proto``.
 
 One event loop serves all streams, so a thousand slow sites cost a thousand small objects and no threads; everything that
-touches the disk runs in a small pool. Of a stream there are at most two times READ_AHEAD chunks and gRPC's window in
+touches the disk runs in a small pool. Of a stream there are at most two times WRITE_BEHIND chunks and gRPC's window in
 memory.
 """
 
@@ -10,11 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -30,9 +28,8 @@ from fedllm.errors import (
     explain,
 )
 from fedllm.wire import updates_pb2 as pb
-from fedllm.wire.digest import CHUNK_BYTES
 from fedllm.wire.files import clear_disk_errors
-from fedllm.wire.framing import READ_AHEAD, append_chunks, chunk_message, read_push
+from fedllm.wire.framing import WRITE_BEHIND, Framer, append_chunk, read_push
 from fedllm.wire.ledger import Ledger
 from fedllm.wire.part import Part, Receipt
 from fedllm.wire.rounds import Rounds
@@ -93,6 +90,7 @@ class UpdateService:
         self._spool, self._ledger, self._key, self._run = spool, ledger, key, run
         self._rounds, self._published, self._stall_s = rounds, published, stall_s
         self._on_delivered = on_delivered
+        self._framer = Framer(is_push=False)
         self._disk = ThreadPoolExecutor(NUM_DISK_THREADS, thread_name_prefix="update-disk")
 
     def close(self) -> None:
@@ -127,17 +125,20 @@ class UpdateService:
             await self._send(state, request.offset, ticket, context)
 
     async def _send(self, state: Published, offset: int, ticket: Ticket, context: Any) -> None:
-        """Write chunks to the stream; the next ones are read from the disk while these are on their way."""
+        """Write chunks to the stream; the disk pool reads what is not in the system's memory."""
         size = state.receipt.size
         with clear_disk_errors(state.path), state.path.open("rb", buffering=0) as file:
-            reading = self._on_disk(_read_chunks, file, offset, size)
-            while chunks := await reading:
-                start, offset = offset, min(offset + READ_AHEAD * CHUNK_BYTES, size)
-                reading = self._on_disk(_read_chunks, file, offset, size)
-                self._rounds.charge(ticket, offset - start, max(MAX_FETCHES * size, MIN_FETCH_BYTES))
-                for chunk in chunks:
-                    async with self._patience():
-                        await context.write(chunk)
+            while offset < size:
+                message, num_bytes = await self._read(file.fileno(), offset, size)
+                self._rounds.charge(ticket, num_bytes, max(MAX_FETCHES * size, MIN_FETCH_BYTES))
+                async with self._patience():
+                    await context.write(message)
+                offset += num_bytes
+
+    async def _read(self, descriptor: int, offset: int, end: int) -> tuple[bytes, int]:
+        if (cached := self._framer.read_cached(descriptor, offset, end)) is not None:
+            return cached
+        return await self._on_disk(Framer(is_push=False).read, descriptor, offset, end)
 
     async def _confirm(self, request: pb.ConfirmRequest) -> pb.ConfirmReply:
         ticket = self._check(request.ticket, "fetch")
@@ -181,11 +182,11 @@ class UpdateService:
         writing = self._on_disk(lambda: None)
         while (message := await self._next(context)) is not _END:
             waiting.append(message)
-            if writing.done() or len(waiting) == READ_AHEAD:
+            if writing.done() or len(waiting) == WRITE_BEHIND:
                 await writing
-                writing, waiting = self._on_disk(append_chunks, part, map(read_push, waiting)), []
+                writing, waiting = self._on_disk(_append, part, waiting), []
         await writing
-        await self._on_disk(append_chunks, part, map(read_push, waiting))
+        await self._on_disk(_append, part, waiting)
         if part.missing:
             raise RefusedError(Reason.OUT_OF_STEP, f"The push ended {part.missing} bytes too early.")
 
@@ -226,17 +227,9 @@ class UpdateService:
             await _abort(context, _refusal(error))
 
 
-def _read_chunks(file: RawIOBase, start: int, size: int) -> list[bytes]:
-    """Return the next chunk messages from an offset on, none at the end."""
-    end = min(start + READ_AHEAD * CHUNK_BYTES, size)
-    return [_read_chunk(file, offset, size) for offset in range(start, end, CHUNK_BYTES)]
-
-
-def _read_chunk(file: RawIOBase, offset: int, size: int) -> bytes:
-    data = os.pread(file.fileno(), min(CHUNK_BYTES, size - offset), offset)
-    if not data:
-        raise RefusedError(Reason.STORAGE, "The state's file was cut.")
-    return chunk_message(offset, data)
+def _append(part: Part, messages: list[bytes]) -> None:
+    for message in messages:
+        append_chunk(part, read_push(message))
 
 
 def _read_announcement(message: bytes) -> pb.Announcement:

@@ -6,7 +6,11 @@ import base64
 import dataclasses
 import hmac
 import json
+import os
+import random
 import string
+import tempfile
+from pathlib import Path
 
 import pytest
 from google.protobuf.message import DecodeError
@@ -15,8 +19,8 @@ from hypothesis import strategies as st
 
 from fedllm.errors import TicketError
 from fedllm.wire import updates_pb2 as pb
-from fedllm.wire.digest import checksum
-from fedllm.wire.framing import chunk_message, push_message, read_chunk, read_push
+from fedllm.wire.digest import CHUNK_BYTES, checksum
+from fedllm.wire.framing import Framer, read_chunk, read_push
 from fedllm.wire.spool import file_name
 from fedllm.wire.status import RefusedError
 from fedllm.wire.ticket import Ticket, TicketKey
@@ -114,11 +118,33 @@ def test_a_key_never_shows_its_secret():
     assert TicketKey.generate()._secret != TicketKey.generate()._secret
 
 
-@given(st.integers(0, (1 << 64) - 1), st.binary(min_size=1, max_size=70_000))
-def test_messages_put_together_by_hand_are_those_of_the_generated_module(offset: int, data: bytes):
+@given(st.integers(0, 1 << 42), st.binary(min_size=1, max_size=70_000), st.integers(0, 100))
+def test_messages_put_together_by_hand_are_those_of_the_generated_module(offset: int, data: bytes, beyond: int):
     chunk = pb.Chunk(offset=offset, checksum=checksum(data), data=data)
-    assert chunk_message(offset, data) == chunk.SerializeToString()
-    assert push_message(offset, data) == pb.PushRequest(chunk=chunk).SerializeToString()
+    expected = {False: chunk.SerializeToString(), True: pb.PushRequest(chunk=chunk).SerializeToString()}
+    with tempfile.TemporaryFile(buffering=0) as file:
+        os.pwrite(file.fileno(), data + bytes(beyond), offset)
+        for is_push, message in expected.items():
+            framer = Framer(is_push=is_push)
+            assert framer.read(file.fileno(), offset, offset + len(data)) == (message, len(data))
+            assert framer.read_cached(file.fileno(), offset, offset + len(data)) in ((message, len(data)), None)
+
+
+def test_a_long_file_is_read_chunk_by_chunk_and_no_further_than_its_end(tmp_path: Path):
+    path, size = tmp_path / "payload", 2 * CHUNK_BYTES + 5
+    path.write_bytes(random.Random(1).randbytes(size))
+    framer, offset, read = Framer(is_push=True), 0, b""
+    with path.open("rb") as file:
+        while offset < size:
+            message, num_bytes = framer.read_cached(file.fileno(), offset, size) or framer.read(
+                file.fileno(), offset, size
+            )
+            chunk = read_push(message)
+            assert (chunk.offset, len(chunk.data), chunk.checksum) == (offset, num_bytes, checksum(chunk.data))
+            read, offset = read + chunk.data, offset + num_bytes
+        assert read == path.read_bytes()
+        with pytest.raises(OSError, match="cut"):
+            framer.read(file.fileno(), size, size + 1)
 
 
 @given(st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 64) - 1), st.binary(max_size=70_000), st.binary(max_size=40))

@@ -63,6 +63,42 @@ def test_the_mean_measures_its_norm() -> None:
     assert measured["delta_norm"] == pytest.approx(norm)
 
 
+def test_one_round_leaves_nothing_in_the_next_and_takes_nothing_from_the_last() -> None:
+    aggregator, (first, second) = WeightedMean(), (random_arrays(1), random_arrays(2))
+    means = [mean_of_one(aggregator, update) for update in (first, second)]
+    assert_same(means[0], first)
+    assert_same(means[1], second)
+
+
+def test_two_means_at_a_time_do_not_share_their_sums() -> None:
+    aggregator, updates = WeightedMean(), [random_arrays(1), random_arrays(2)]
+    mean_of_one(aggregator, updates[0])  # leaves memory that only one of the next two can take
+    running = [aggregator.start(LAYOUT, ORIGIN) for _ in updates]
+    for aggregation, update in zip(running, updates, strict=True):
+        aggregation.fold(ArraySource(update), Contribution("x", 3.0, {}))
+    for aggregation, update in zip(running, updates, strict=True):
+        assert_same(aggregation.finish()[0], update)
+
+
+def test_a_mean_of_another_layout_takes_memory_of_its_own() -> None:
+    aggregator, update = WeightedMean(), random_arrays(1)
+    mean_of_one(aggregator, update)
+    part = Layout(LAYOUT.tensors[:1])
+    assert_same(mean_of_one(aggregator, update, part), {name: update[name] for name in part.names})
+
+
+def mean_of_one(aggregator: WeightedMean, update: Arrays, layout: Layout = LAYOUT) -> Arrays:
+    aggregation = aggregator.start(layout, ORIGIN)
+    aggregation.fold(ArraySource(update), Contribution("x", 3.0, {}))
+    return aggregation.finish()[0]
+
+
+def assert_same(found: Arrays, expected: Arrays) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
 class PartSource(ArraySource):
     """An update of which only the coordinates up to `until` were sent."""
 
