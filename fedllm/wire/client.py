@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +19,7 @@ from fedllm.errors import CorruptPayloadError, TransportError, explain
 from fedllm.wire import updates_pb2 as pb
 from fedllm.wire.digest import digest_file
 from fedllm.wire.files import clear_disk_errors
-from fedllm.wire.framing import Framer, append_chunk, read_chunk
+from fedllm.wire.framing import READ_AHEAD, Framer, append_chunks, read_chunk
 from fedllm.wire.methods import CLIENT_OPTIONS, PORT_KEY, Stub
 from fedllm.wire.part import Part, Receipt
 from fedllm.wire.patience import Patience, Watch
@@ -166,14 +167,27 @@ class UpdateClient:
             return
         request = pb.FetchRequest(ticket=ticket, offset=part.size)
         call = stub.fetch(request, timeout=patience.remaining_s, metadata=self._metadata)
-        with Watch(call, self._stall_s, patience) as watch:
-            for message in call:  # gRPC receives the next ones meanwhile
-                append_chunk(part, read_chunk(message))
-                watch.moved()
-                patience.progressed()
-                self._progress(part.size, part.announced.size)
+        waiting: list[bytes] = []
+        with Watch(call, self._stall_s, patience) as watch, ThreadPoolExecutor(1) as disk:
+            writing = disk.submit(lambda: None)
+            try:
+                for message in call:
+                    watch.moved()
+                    waiting.append(message)
+                    if writing.done() or len(waiting) == READ_AHEAD:
+                        writing.result()
+                        writing, waiting = disk.submit(self._take, part, waiting, patience), []
+            finally:
+                writing.result()
+                self._take(part, waiting, patience)
         if part.missing:
             raise RefusedError(Reason.OUT_OF_STEP, f"The state ended {part.missing} bytes too early.")
+
+    def _take(self, part: Part, messages: list[bytes], patience: Patience) -> None:
+        append_chunks(part, map(read_chunk, messages))
+        if messages:
+            patience.progressed()
+            self._progress(part.size, part.announced.size)
 
     def _confirm(self, ticket: str) -> None:
         """Say that the state is here. It is, so nothing is lost if the server does not hear it."""

@@ -1,7 +1,7 @@
 """What the update server answers: the four methods of ``updates.proto``.
 
 One event loop serves all streams, so a thousand slow sites cost a thousand small objects and no threads; everything that
-touches the disk runs in a small pool. Of a stream there are at most two times WRITE_BEHIND chunks and gRPC's window in
+touches the disk runs in a small pool. Of a stream there are at most two times READ_AHEAD chunks and gRPC's window in
 memory.
 """
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -29,7 +31,7 @@ from fedllm.errors import (
 )
 from fedllm.wire import updates_pb2 as pb
 from fedllm.wire.files import clear_disk_errors
-from fedllm.wire.framing import WRITE_BEHIND, Framer, append_chunk, read_push
+from fedllm.wire.framing import READ_AHEAD, Framer, append_chunks, read_push
 from fedllm.wire.ledger import Ledger
 from fedllm.wire.part import Part, Receipt
 from fedllm.wire.rounds import Rounds
@@ -61,6 +63,13 @@ class Published:
     receipt: Receipt
 
 
+class _OfThread(threading.local):
+    """What each thread of the disk pool has of its own, so that memory does not grow with streams."""
+
+    def __init__(self) -> None:
+        self.framer = Framer(is_push=False)
+
+
 class UpdateService:
     """Implements :class:`fedllm.wire.methods.Service`.
 
@@ -90,7 +99,7 @@ class UpdateService:
         self._spool, self._ledger, self._key, self._run = spool, ledger, key, run
         self._rounds, self._published, self._stall_s = rounds, published, stall_s
         self._on_delivered = on_delivered
-        self._framer = Framer(is_push=False)
+        self._of_thread = _OfThread()
         self._disk = ThreadPoolExecutor(NUM_DISK_THREADS, thread_name_prefix="update-disk")
 
     def close(self) -> None:
@@ -125,20 +134,25 @@ class UpdateService:
             await self._send(state, request.offset, ticket, context)
 
     async def _send(self, state: Published, offset: int, ticket: Ticket, context: Any) -> None:
-        """Write chunks to the stream; the disk pool reads what is not in the system's memory."""
+        """Write chunks to the stream; the next ones are read from the disk while these are on their way."""
         size = state.receipt.size
         with clear_disk_errors(state.path), state.path.open("rb", buffering=0) as file:
-            while offset < size:
-                message, num_bytes = await self._read(file.fileno(), offset, size)
-                self._rounds.charge(ticket, num_bytes, max(MAX_FETCHES * size, MIN_FETCH_BYTES))
-                async with self._patience():
-                    await context.write(message)
-                offset += num_bytes
+            reading = self._on_disk(self._read_chunks, file, offset, size)
+            while chunks := await reading:
+                start, offset = offset, offset + sum(num_bytes for _, num_bytes in chunks)
+                reading = self._on_disk(self._read_chunks, file, offset, size)
+                self._rounds.charge(ticket, offset - start, max(MAX_FETCHES * size, MIN_FETCH_BYTES))
+                for message, _ in chunks:
+                    async with self._patience():
+                        await context.write(message)
 
-    async def _read(self, descriptor: int, offset: int, end: int) -> tuple[bytes, int]:
-        if (cached := self._framer.read_cached(descriptor, offset, end)) is not None:
-            return cached
-        return await self._on_disk(Framer(is_push=False).read, descriptor, offset, end)
+    def _read_chunks(self, file: RawIOBase, offset: int, size: int) -> list[tuple[bytes, int]]:
+        """Return the next chunks' messages from an offset on, with the bytes of the file in each; none at the end."""
+        chunks: list[tuple[bytes, int]] = []
+        while offset < size and len(chunks) < READ_AHEAD:
+            chunks.append(self._of_thread.framer.read(file.fileno(), offset, size))
+            offset += chunks[-1][1]
+        return chunks
 
     async def _confirm(self, request: pb.ConfirmRequest) -> pb.ConfirmReply:
         ticket = self._check(request.ticket, "fetch")
@@ -182,11 +196,11 @@ class UpdateService:
         writing = self._on_disk(lambda: None)
         while (message := await self._next(context)) is not _END:
             waiting.append(message)
-            if writing.done() or len(waiting) == WRITE_BEHIND:
+            if writing.done() or len(waiting) == READ_AHEAD:
                 await writing
-                writing, waiting = self._on_disk(_append, part, waiting), []
+                writing, waiting = self._on_disk(append_chunks, part, map(read_push, waiting)), []
         await writing
-        await self._on_disk(_append, part, waiting)
+        await self._on_disk(append_chunks, part, map(read_push, waiting))
         if part.missing:
             raise RefusedError(Reason.OUT_OF_STEP, f"The push ended {part.missing} bytes too early.")
 
@@ -225,11 +239,6 @@ class UpdateService:
             return await work
         except FedLLMError as error:
             await _abort(context, _refusal(error))
-
-
-def _append(part: Part, messages: list[bytes]) -> None:
-    for message in messages:
-        append_chunk(part, read_push(message))
 
 
 def _read_announcement(message: bytes) -> pb.Announcement:

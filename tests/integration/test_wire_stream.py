@@ -18,7 +18,7 @@ import pytest
 from fedllm.errors import CancelledError, ConfigError, CorruptPayloadError, TicketError, TransportError
 from fedllm.wire.client import UpdateClient
 from fedllm.wire.digest import CHUNK_BYTES
-from fedllm.wire.framing import WRITE_BEHIND
+from fedllm.wire.framing import READ_AHEAD
 from fedllm.wire.methods import WINDOW_BYTES
 from fedllm.wire.part import Receipt
 from fedllm.wire.server import UpdateServer
@@ -28,7 +28,7 @@ from fedllm.wire.tls import TlsConfig
 from tests.wire_tools import RUN, ChaosProxy, Site, make_certificates, payload, serving
 
 MIB = 1 << 20
-LOST_BY_A_CUT = WINDOW_BYTES + 2 * WRITE_BEHIND * CHUNK_BYTES
+LOST_BY_A_CUT = WINDOW_BYTES + 2 * READ_AHEAD * CHUNK_BYTES
 """What is on its way, waiting at the receiver, and being written."""
 SLACK = 128 * 1024
 """Bytes of HTTP/2 and TCP around the payload in a test's transfers."""

@@ -125,9 +125,7 @@ def test_messages_put_together_by_hand_are_those_of_the_generated_module(offset:
     with tempfile.TemporaryFile(buffering=0) as file:
         os.pwrite(file.fileno(), data + bytes(beyond), offset)
         for is_push, message in expected.items():
-            framer = Framer(is_push=is_push)
-            assert framer.read(file.fileno(), offset, offset + len(data)) == (message, len(data))
-            assert framer.read_cached(file.fileno(), offset, offset + len(data)) in ((message, len(data)), None)
+            assert Framer(is_push=is_push).read(file.fileno(), offset, offset + len(data)) == (message, len(data))
 
 
 def test_a_long_file_is_read_chunk_by_chunk_and_no_further_than_its_end(tmp_path: Path):
@@ -136,9 +134,7 @@ def test_a_long_file_is_read_chunk_by_chunk_and_no_further_than_its_end(tmp_path
     framer, offset, read = Framer(is_push=True), 0, b""
     with path.open("rb") as file:
         while offset < size:
-            message, num_bytes = framer.read_cached(file.fileno(), offset, size) or framer.read(
-                file.fileno(), offset, size
-            )
+            message, num_bytes = framer.read(file.fileno(), offset, size)
             chunk = read_push(message)
             assert (chunk.offset, len(chunk.data), chunk.checksum) == (offset, num_bytes, checksum(chunk.data))
             read, offset = read + chunk.data, offset + num_bytes
