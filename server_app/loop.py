@@ -92,9 +92,14 @@ class Loop:
         """Do what is missing for the round that the state stands after: its checkpoint, its evaluation."""
         if state.round == 0:
             self._save(state)
-        if not self._was_evaluated(state.round):
+        if self._is_due(state.round) and not self._was_evaluated(state.round):
             self._evaluate(state)
         return state
+
+    def _is_due(self, round_: int) -> bool:
+        """Say whether the federation is evaluated after a round."""
+        config = self.federation.config
+        return round_ % config.evaluation.every == 0 or round_ == config.num_rounds
 
     def _was_evaluated(self, round_: int) -> bool:
         events = self.federation.recorder.events
@@ -108,7 +113,7 @@ class Loop:
             moved = self._train(state, round_, attempt)
             if moved is not None:
                 self._save(moved)
-                if round_ % config.evaluation.every == 0 or round_ == config.num_rounds:
+                if self._is_due(round_):
                     self._evaluate(moved)
                 return moved
             log.warning("round %d, attempt %d: nothing changed", round_, attempt)

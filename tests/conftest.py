@@ -13,6 +13,7 @@ LANES = {
     "test_kill_and_stream.py": "broken streams",
     "test_stock_app.py": "broken streams",
     "test_site_service.py": "broken streams",
+    "test_deployed_kits.py": "broken streams",
 }
 """Files with federations of their own: those of one lane run one after the other, in one process.
 

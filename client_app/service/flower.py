@@ -40,12 +40,9 @@ def environment(folder: ServiceFolder, inherited: Mapping[str, str]) -> dict[str
 
 
 def with_warm_clientapps(environment: Mapping[str, str], folder: ServiceFolder) -> dict[str, str]:
-    """Return the SuperExec's environment: it finds our ClientApp's program first, and looks for work often.
-
-    A look costs a request on the loopback, some 3 ms; Flower looks every second.
-    """
+    """Return the SuperExec's environment: it finds our ClientApp's program first."""
     path = f"{write_program(folder.path)}:{environment['PATH']}"
-    return {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25", **environment, "PATH": path}
+    return {**environment, "PATH": path}
 
 
 def write_node_config(folder: ServiceFolder, kit: Kit) -> None:

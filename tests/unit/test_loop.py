@@ -343,6 +343,22 @@ def test_a_run_can_be_resumed_for_more_rounds(tmp_path: Path) -> None:
     assert [event["round"] for event in events(folder, "round")] == [1, 2, 3, 4]
 
 
+def test_a_resumed_run_is_evaluated_after_the_rounds_after_which_any_run_is(tmp_path: Path) -> None:
+    grid, sent = InProcessGrid(sites(2)), 0
+    honest = grid.handlers[101]
+
+    def refuse_after_round_1(message: Any) -> Any:
+        nonlocal sent
+        sent += message.metadata.message_type == "train"
+        return Liar("refuses")(message) if sent > 1 else honest(message)
+
+    grid.handlers[101] = refuse_after_round_1
+    with pytest.raises(QuorumError, match="round 2"):
+        run(tmp_path, grid, **{"evaluation.every": 2})
+    folder = run(tmp_path, InProcessGrid(sites(2)), name="", resume="test")
+    assert [event["round"] for event in events(folder, "evaluation")] == [0, 2, 3]
+
+
 def test_settings_of_a_resumed_run_that_have_no_effect_are_named(tmp_path: Path, caplog: Any) -> None:
     run(tmp_path, InProcessGrid(sites()), num_rounds=1)
     config = read_run_config({"home": str(tmp_path), "resume": "test", "train.learning_rate": 0.5})
