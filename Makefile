@@ -68,7 +68,7 @@ fuzz: install  ## Throw damaged payloads at the reader for 90 seconds
 wheelhouse: install  ## Collect every package that the container images and air-gapped sites install
 	$(PIP) wheel -q -w wheelhouse -c constraints.txt torch==2.13.0
 	$(PIP) wheel -q -w wheelhouse --no-deps -r deploy/demo/packages.txt
-	$(PIP) wheel -q -w wheelhouse --find-links wheelhouse -c constraints.txt '.[site]'
+	$(PIP) wheel -q -w wheelhouse --find-links wheelhouse -c constraints.txt '.[site,kubernetes]'
 
 images: install  ## Build the container images from the wheelhouse
 	test -d wheelhouse || $(MAKE) wheelhouse
