@@ -41,7 +41,7 @@ class OperatorFolder:
     def make(self) -> None:
         """Make all folders, for their owner alone."""
         records = (self.authority, self.authority / "issued", self.sites, self.revoked)
-        for folder in (self.path, self.server, *records, self.flower, self.kits):
+        for folder in (self.path, self.server, *records, self.flower, self.units, self.kits):
             folder.mkdir(mode=0o700, exist_ok=True)
 
     @property
@@ -62,6 +62,11 @@ class OperatorFolder:
     def flower(self) -> Path:
         """Return ``FLWR_HOME`` of the operator's ``flwr``."""
         return self.server / "flwr"
+
+    @property
+    def units(self) -> Path:
+        """Return the folder of the server's systemd units."""
+        return self.server / "systemd"
 
     @property
     def sites(self) -> Path:

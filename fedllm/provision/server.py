@@ -19,6 +19,7 @@ from fedllm.provision.templates import filled, read_template
 SECRET_BYTES = 32
 _ASKS = "site-certificates.conf"
 _SCRIPTS = ("superlink.sh", "superexec.sh", "gateway.sh", "register.sh")
+_UNITS = ("fedllm-superlink.service", "fedllm-superexec.service", "fedllm-gateway.service")
 
 
 def make_server(folder: OperatorFolder, federation: Federation, authority: Authority) -> Iterator[str]:
@@ -76,6 +77,8 @@ def _texts(folder: OperatorFolder, federation: Federation) -> Iterator[tuple[str
     }
     for name in _SCRIPTS:
         yield name, (filled(f"server/{name}", values), 0o700)
+    for name in _UNITS:
+        yield f"systemd/{name}", (filled(f"systemd/{name}", values), 0o600)
     yield "README.md", (filled("server/README.md", values), 0o600)
     yield "flwr/config.toml", (filled("server/config.toml", values), 0o600)
     yield "ca.crt", ((folder.authority / "ca.crt").read_text(), 0o644)

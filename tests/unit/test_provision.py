@@ -264,13 +264,6 @@ def test_ways_to_start_a_site_are_sound(provisioned: Path):
     assert "ports" not in compose["services"]["site"]
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
-def test_the_systemd_unit_is_sound(provisioned: Path):
-    unit = provisioned / "kits" / "hospital-a" / "fedllm-site.service"
-    checked = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
-    assert (checked.returncode, checked.stderr) == (0, "")
-
-
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
