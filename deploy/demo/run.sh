@@ -15,6 +15,8 @@ with socket.socket() as free:
     print(free.getsockname()[1])
 PY
 )}
+export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+export HF_HUB_DISABLE_TELEMETRY=1
 # Ray says so itself: without it, it warns about a change of a default that does not matter here.
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
 

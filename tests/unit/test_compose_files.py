@@ -1,0 +1,70 @@
+"""Our compose files, by the schema of the Compose Specification, and as Compose lays one over the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.kustomize import REPOSITORY
+
+BASE = REPOSITORY / "docker-compose.yml"
+OVERLAYS = sorted((REPOSITORY / "deploy" / "compose").glob("*.yml"))
+KIT = REPOSITORY / "deploy" / "site-kit" / "compose.yaml"
+SCHEMA = json.loads((files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json").read_text())
+
+each_file = pytest.mark.parametrize("path", [BASE, *OVERLAYS, KIT], ids=lambda path: str(path.relative_to(REPOSITORY)))
+
+
+def complaints(content: Any) -> list[str]:
+    return [each.message for each in jsonschema.Draft202012Validator(SCHEMA).iter_errors(content)]
+
+
+@each_file
+def test_every_file_is_as_the_specification_describes_it(path: Path):
+    assert complaints(yaml.safe_load(path.read_text())) == []
+
+
+def test_the_schema_refuses_what_is_wrong():
+    content = yaml.safe_load(BASE.read_text())
+    content["services"]["superlink"]["read-only"] = True
+    [complaint] = complaints(content)
+    assert "'read-only' was unexpected" in complaint
+
+
+@each_file
+def test_every_name_that_is_referred_to_exists(path: Path):
+    content = yaml.safe_load(path.read_text())
+    services, networks, volumes = (content.get(key) or {} for key in ("services", "networks", "volumes"))
+    for name, service in services.items():
+        assert set(service.get("depends_on", ())) <= set(services), name
+        assert set(service.get("networks", ())) <= set(networks), name
+        for volume in service.get("volumes", ()):
+            source = str(volume).split(":", 1)[0]
+            assert source.startswith((".", "/", "${")) or source in volumes, (name, volume)
+            if source.startswith("./"):
+                assert (path.parent / source).exists()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_an_overlay_changes_services_that_exist(overlay: Path):
+    services = yaml.safe_load(BASE.read_text())["services"]
+    assert set(yaml.safe_load(overlay.read_text())["services"]) <= set(services)
+
+
+@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="Compose is not installed")
+@pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=str)
+def test_compose_takes_the_file_and_every_overlay(overlay: Path | None):
+    chosen = [part for path in (BASE, overlay) if path for part in ("-f", str(path))]
+    command = ["docker-compose", *chosen, "config"]
+    said = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    assert set(yaml.safe_load(said.stdout)["services"]) >= {"superlink", "serverapp", "gateway", "site-a", "site-b"}
