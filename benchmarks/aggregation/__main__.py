@@ -3,11 +3,12 @@
 ``python -m benchmarks.aggregation --json``. Updates are drawn, encoded with the run config's default uplink and spooled;
 each aggregator then moves a state along them in a process of its own, with the round loop's own code.
 
-- ``aggregators``, by name: ``seconds``; ``peak_rss_bytes``, mapped files included, of which ``rss_before_bytes`` are the
-  process and the state in it (twice: as it is, and as sites decoded it); ``needs_all_updates_at_once``: whether updates
-  stay open until the end, to be read tensor by tensor, or are read once and dropped; ``blocks``: how many blocks of the
-  model it was measured on. Aggregators that decompose layers are measured on ``--product-blocks`` blocks, since every layer
-  is by itself; nothing is extrapolated.
+- ``aggregators``, by name: ``seconds``, and ``cpu_seconds`` of all threads, which say more on a machine that others use;
+  ``peak_rss_bytes``, mapped files included, of which ``rss_before_bytes`` are the process and the state in it (twice: as it
+  is, and as sites decoded it); ``needs_all_updates_at_once``: whether updates stay open until the end, to be read tensor by
+  tensor, or are read once and dropped; ``blocks``: how many blocks of the model it was measured on. Those that read updates
+  once are measured on the whole model, the others on ``--part-blocks`` blocks, since they take one tensor or one layer
+  after the other; nothing is extrapolated.
 - ``growth``, by name: the peak beyond ``rss_before_bytes`` by number of sites, and ``growth_fraction_of_update``, the
   difference of the last to the first over one update in float32.
 - ``core_svd_speedup_vs_dense``: seconds of a dense singular value decomposition of one 4096 x 4096 layer's summed product
@@ -26,7 +27,7 @@ from pathlib import Path
 from benchmarks.aggregation import kernel
 from benchmarks.aggregation.adapter import HIDDEN
 from benchmarks.aggregation.one import write
-from benchmarks.aggregation.rules import BY_PRODUCT, SETTINGS
+from benchmarks.aggregation.rules import AT_ONCE, SETTINGS
 from benchmarks.common import machine, show
 
 GROWING = ("fedavg", "hetlora", "krum", "median", "fedex")
@@ -41,7 +42,7 @@ def main() -> None:
     given = _arguments()
     settings = {
         "blocks": given.blocks,
-        "product_blocks": given.product_blocks,
+        "part_blocks": given.part_blocks,
         "sites": given.sites,
         "rank": given.rank,
     }
@@ -65,7 +66,9 @@ def _arguments() -> argparse.Namespace:
     yes_or_no = argparse.BooleanOptionalAction
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--blocks", type=int, default=32, help="blocks of the model (default: %(default)s)")
-    parser.add_argument("--product-blocks", type=int, default=2, help="the same for aggregators that decompose layers")
+    parser.add_argument(
+        "--part-blocks", type=int, default=2, help="the same for aggregators that need all updates at once"
+    )
     parser.add_argument("--sites", type=int, default=32, help="sites (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="the adapter's rank (default: %(default)s)")
     parser.add_argument("--uplink", default="", help="codec pipeline of the updates (default: the run config's)")
@@ -86,7 +89,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _fresh(given: argparse.Namespace, name: str, num_sites: int, folder: Path) -> dict[str, object]:
     """Return one measurement of a new process."""
-    blocks = given.product_blocks if name in BY_PRODUCT else given.blocks
+    blocks = given.part_blocks if name in AT_ONCE else given.blocks
     write(name, blocks, num_sites, given.rank, folder, uplink=given.uplink)
     numbers = [str(number) for number in (blocks, num_sites, given.rank)]
     command = [

@@ -57,15 +57,16 @@ def measure(
     with tempfile.TemporaryDirectory(dir=folder) as spooled:
         replies = accepted(config, start, work, files, Path(spooled))
         before = _forget_peak()
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         after, measured = moved(strategy, start, replies, num_sites)
-        seconds, peak = time.perf_counter() - started, peak_rss_bytes()
+        seconds, cpu_seconds, peak = time.perf_counter() - started, time.process_time() - used, peak_rss_bytes()
     assert after.round == 1
     assert all(np.isfinite(value).all() for value in after.params.values()), "the next state is finite"
     assert any((after.params[key] != value).any() for key, value in start.state.params.items()), "the state moved"
     share = measured.get("discarded_energy")
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "blocks": num_blocks,
         "peak_rss_bytes": peak,
         "rss_before_bytes": before,

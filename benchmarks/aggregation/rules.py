@@ -33,8 +33,8 @@ SETTINGS: dict[str, Settings] = {
 }
 """Settings by name; where no strategy is named it is `fedavg`."""
 
-BY_PRODUCT = (*PRODUCTS, *ON_PRODUCTS)
-"""Aggregators that decompose every layer: their time is the layers', whatever the rest of the model."""
+AT_ONCE = (*PRODUCTS, *ROBUST, *ON_PRODUCTS)
+"""Aggregators that need all updates at once."""
 
 
 def config_for(name: str, rank: int, num_sites: int) -> RunConfig:

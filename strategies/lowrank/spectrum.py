@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from strategies.lowrank.product import Matrix, Product
+from strategies.lowrank.product import Matrix, Product, nothing
 from strategies.lowrank.span import span
 
 
@@ -112,6 +112,9 @@ class Recompressed:
 
 def recompress(term: Product, max_rank: int) -> Recompressed:
     """Return the best approximation of rank at most `max_rank`; it is the product itself where its rank allows it."""
+    if not max_rank:
+        energy = norm_of(term) ** 2
+        return Recompressed(nothing(term.shape), energy, energy)
     whole = spectrum(term)
     energy = whole.norm**2
     return Recompressed(whole.part(0, min(max_rank, whole.rank)), whole.discarded(max_rank) * energy, energy)

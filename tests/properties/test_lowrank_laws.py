@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm import rng
@@ -23,6 +23,7 @@ def dense(term: Product) -> np.ndarray:
     return term.left @ term.right
 
 
+@settings(deadline=None)
 @given(SEEDS, SIZES, SIZES, st.lists(st.tuples(st.integers(0, 15), st.floats(-5, 5)), min_size=1, max_size=5))
 def test_a_sum_of_products_is_the_sum_of_the_matrices_in_any_order(
     seed: int, num_out: int, num_in: int, rows: list[tuple[int, float]]
@@ -34,6 +35,7 @@ def test_a_sum_of_products_is_the_sum_of_the_matrices_in_any_order(
     np.testing.assert_allclose(dense(total(terms[::-1])), expected, atol=size)
 
 
+@settings(deadline=None)
 @given(SEEDS, SIZES, SIZES, st.integers(0, 15), st.integers(1, 15), st.floats(1e-9, 1e9))
 def test_recompression_keeps_what_fits_and_accounts_for_the_rest(
     seed: int, num_out: int, num_in: int, rank: int, bound: int, magnitude: float
@@ -49,6 +51,7 @@ def test_recompression_keeps_what_fits_and_accounts_for_the_rest(
         assert found.discarded_energy <= 1e-28 * whole
 
 
+@settings(deadline=None)
 @given(SEEDS, SIZES, SIZES, st.integers(1, 15), st.floats(1e-6, 1e6))
 def test_every_measure_of_a_norm_is_the_dense_norm(
     seed: int, num_out: int, num_in: int, rank: int, magnitude: float
@@ -58,6 +61,7 @@ def test_every_measure_of_a_norm_is_the_dense_norm(
     np.testing.assert_allclose([term.norm, spectrum(term).norm, norm_of(term)], expected, rtol=1e-9)
 
 
+@settings(deadline=None)
 @given(SEEDS, SIZES, SIZES, st.integers(1, 15))
 def test_a_product_minus_itself_is_nothing(seed: int, num_out: int, num_in: int, rank: int) -> None:
     term = drawn(seed, num_out, num_in, rank)
@@ -66,6 +70,7 @@ def test_a_product_minus_itself_is_nothing(seed: int, num_out: int, num_in: int,
     assert spectrum(nothing((num_out, num_in))).rank == 0
 
 
+@settings(deadline=None)
 @given(SEEDS, SIZES, SIZES, st.integers(1, 15), st.floats(0.01, 1.0))
 def test_a_threshold_is_met_by_its_rank_and_not_by_one_less(
     seed: int, num_out: int, num_in: int, rank: int, threshold: float
@@ -78,6 +83,7 @@ def test_a_threshold_is_met_by_its_rank_and_not_by_one_less(
         assert 1 - whole.discarded(found - 1) < threshold
 
 
+@settings(deadline=None)
 @given(SEEDS, SIZES, SIZES, st.integers(0, 15))
 def test_equal_products_decompose_to_equal_bits(seed: int, num_out: int, num_in: int, rank: int) -> None:
     one, two = spectrum(drawn(seed, num_out, num_in, rank)), spectrum(drawn(seed, num_out, num_in, rank))

@@ -14,7 +14,7 @@ from benchmarks.aggregation import kernel
 from benchmarks.aggregation.__main__ import growth_of
 from benchmarks.aggregation.adapter import MODULES, drawn, layout_of, spool
 from benchmarks.aggregation.one import measure, write
-from benchmarks.aggregation.rules import AVERAGES, PRODUCTS, SETTINGS, config_for
+from benchmarks.aggregation.rules import AT_ONCE, AVERAGES, PRODUCTS, SETTINGS, config_for
 from fedllm.codecs.payload import open_payload
 from strategies.compatibility import check_compatibility
 from strategies.registry import RECIPES
@@ -42,8 +42,9 @@ def test_every_aggregator_moves_the_state_and_says_what_it_took(name: str, tmp_p
     row = measure(name, folder=tmp_path, **SMALL)  # type: ignore[arg-type]
     assert row["blocks"] == 1
     assert 0 < row["seconds"] < 60  # type: ignore[operator]
+    assert 0 < row["cpu_seconds"] < 60  # type: ignore[operator]
     assert 0 < row["rss_before_bytes"] <= row["peak_rss_bytes"]  # type: ignore[operator]
-    assert row["needs_all_updates_at_once"] == (name not in AVERAGES)
+    assert row["needs_all_updates_at_once"] == (name in AT_ONCE)
     assert ("relative_error" in row) == (name in PRODUCTS)
     assert not list(tmp_path.glob("**/*.spooled")), "updates are deleted once they are folded"
 
@@ -83,7 +84,7 @@ def test_the_benchmark_prints_one_object(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.aggregation", *options, f"--folder={tmp_path}"]
     result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert set(result) == {"machine", "settings", "aggregators", "growth"}
-    assert result["settings"] == {"blocks": 1, "product_blocks": 2, "sites": 3, "rank": 1, "uplink": "default"}
+    assert result["settings"] == {"blocks": 1, "part_blocks": 2, "sites": 3, "rank": 1, "uplink": "default"}
     assert set(result["aggregators"]) == {"fedavg", "zero-padding"}
     assert set(result["growth"]["fedavg"]["beyond_state_bytes"]) == {"2", "3"}
     assert len(MODULES) == 7
