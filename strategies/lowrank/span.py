@@ -55,7 +55,8 @@ def span(columns: Matrix) -> Span:
     used = lengths > 0
     if np.count_nonzero(used) >= _WIDE * len(columns):
         return Span(columns, ())
-    unit = columns[:, used] / lengths[used]
+    unit = columns[:, used]
+    unit /= lengths[used]
     factors, triangle = _by_cholesky(unit) or _by_householder(unit)
     coordinates = np.zeros((len(triangle), columns.shape[1]))
     coordinates[:, used] = triangle * lengths[used]
