@@ -10,6 +10,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+from flwr.common.config import parse_config_args
 
 from fedllm.cli.main import main
 from tests.kustomize import KUBERNETES, Object, build, containers, each_root, find, named, pod_templates, without_hashes
@@ -152,3 +153,14 @@ def test_services_lead_to_pods_and_probes_to_ports(root: str):
             for probe in (container[key] for key in container if key.endswith("Probe")):
                 [target] = [probe[kind] for kind in ("httpGet", "grpc", "tcpSocket", "exec") if kind in probe]
                 assert target.get("port") in own or target.get("command", ["", ""])[1] == "/opt/app/probe.py", app
+
+
+def test_flower_reads_what_the_site_tells_about_itself(made: dict[str, list[Object]], tmp_path: Path):
+    data = find(made["site"], "ConfigMap", "site")["data"]
+    (tmp_path / "node.toml").write_text(data["node.toml"])
+    assert parse_config_args([str(tmp_path / "node.toml")]) == {
+        "site-config": "/kit/site.toml",
+        "region": "north",
+        "beds": 3,
+    }
+    assert data["server"] == "fl.example.org:443"

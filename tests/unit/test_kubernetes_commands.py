@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+from client_app.service.flower import QUIET
 from tests.kustomize import COMPOSE, KUBERNETES, REPOSITORY, Object, build, each_root, find, pod_templates
 
 
@@ -74,3 +84,22 @@ def test_flower_takes_every_command(root: str):
                 assert not parsed.runtime_dependency_install
                 assert getattr(parsed, "isolation", "process") == "process"
                 assert parsed.superexec_auth_secret_file
+
+
+def test_a_superexec_answers_its_probe():
+    """Starts what the Pod starts, where no SuperNode is; the kubelet asks the port of ``--health-server-address``."""
+    container = _container(build(KUBERNETES / "site"), "site", "client")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = [each for each in container["args"][1:] if "secret" not in each and "health" not in each]
+    arguments += [f"--health-server-address=127.0.0.1:{port}"]
+    command = [str(Path(sys.executable).parent / "flower-superexec"), *arguments]
+    process = subprocess.Popen(command, env=os.environ | QUIET, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = HealthStub(channel)
+            answer = stub.Check(HealthCheckRequest(service=""), timeout=120, wait_for_ready=True)
+        assert answer.status == HealthCheckResponse.SERVING
+    finally:
+        process.kill()
+        process.wait()
