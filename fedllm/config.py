@@ -15,6 +15,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fedllm.errors import ConfigError, explain
 from fedllm.model.spec import AdapterConfig, BaseSpec, ModelSpec, Section
+from fedllm.observability.address import Address
+from fedllm.ports import parse_ports
 
 Scalar = str | int | float | bool
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -355,6 +357,24 @@ class TransportConfig(Section):
     """Let the update stream go unencrypted. In simulation it is, since it never leaves the machine's loopback."""
 
 
+class ObservabilityConfig(Section):
+    """How the server can be watched while it works; without effect on the result, and taken anew when a run is resumed."""
+
+    metrics: str = ""
+    """Address at which Prometheus may ask the ServerApp while the run lives: `127.0.0.1:9300`, or with a range of ports of
+    which the first free one is taken, outside of `transport.ports`. Empty takes `FEDLLM_METRICS`, else there is none."""
+
+    linger_s: float = Field(20.0, ge=0, le=600)
+    """Seconds after the run's end to wait for one more request, so that the last figures are seen; no wait without an
+    address."""
+
+    @model_validator(mode="after")
+    def _check_address(self) -> ObservabilityConfig:
+        if self.metrics:
+            Address.parse(self.metrics)
+        return self
+
+
 class RunConfig(Section):
     """Everything that the operator decides about a run."""
 
@@ -389,6 +409,7 @@ class RunConfig(Section):
     strategy: StrategyConfig = StrategyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     transport: TransportConfig = TransportConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
 
     @property
     def spec(self) -> ModelSpec:
@@ -409,9 +430,16 @@ class RunConfig(Section):
             raise ValueError("transport.tls_certificate and transport.tls_key belong together; one of them is missing")
         if transport.tls_certificate and transport.insecure:
             raise ValueError("transport.insecure contradicts transport.tls_certificate; remove one of them")
+        self._check_ports()
         if self.adapter.kind == "prefix" and self.model.gradient_checkpointing:
             raise ValueError("model.gradient_checkpointing cannot recompute a prefix (adapter.kind='prefix')")
         return self
+
+    def _check_ports(self) -> None:
+        """Keep figures away from the ports that a gateway lets sites reach."""
+        metrics, ports = self.observability.metrics, self.transport.ports
+        if metrics and self.transport.kind == "grpc" and set(Address.parse(metrics).ports) & set(parse_ports(ports)):
+            raise ValueError(f"observability.metrics={metrics!r} uses ports of transport.ports={ports!r}")
 
 
 def read_run_config(flat: Mapping[str, Scalar]) -> RunConfig:

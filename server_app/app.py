@@ -24,6 +24,8 @@ from server_app.checkpoint import RunState, load_latest
 from server_app.exchange import Exchange
 from server_app.federation import Federation
 from server_app.loop import Loop
+from server_app.observability.figures import RunFigures
+from server_app.observability.serve import shown
 from server_app.recorder import Recorder
 from server_app.roster import Roster
 from server_app.transports import SPOOL, build_transport
@@ -82,10 +84,12 @@ def run_federation(
     """
     with folder.held():
         _note_run(folder, config, run_id)
-        recorder = Recorder(folder)
+        figures = RunFigures(config, folder.path / SPOOL)
+        recorder = Recorder(folder, [figures])
         if state is not None:
             recorder.rewind(state.round)
-        Loop(_federation(grid, folder, config, state, recorder, fixed_sites), state).run()
+        with shown(figures, folder.name, config.observability):
+            Loop(_federation(grid, folder, config, state, recorder, fixed_sites), state).run()
 
 
 def _start(home: Path, config: RunConfig) -> tuple[RunFolder, RunConfig, None]:
@@ -116,12 +120,12 @@ def _new_name(config: RunConfig) -> str:
 
 
 def _resume(home: Path, given: RunConfig) -> tuple[RunFolder, RunConfig, RunState | None]:
-    """Open an earlier run with its own config; only a larger number of rounds is taken from the new one."""
+    """Open an earlier run with its own config; the new one says how it is watched, and may ask for more rounds."""
     folder = RunFolder.open(home, given.resume)
     stored = Manifest.read(folder.manifest).run_config
     num_rounds = max(stored.num_rounds, given.num_rounds)
     _warn_of_ignored(flatten(given), flatten(stored))
-    config = stored.model_copy(update={"num_rounds": num_rounds})
+    config = stored.model_copy(update={"num_rounds": num_rounds, "observability": given.observability})
     state = load_latest(folder.checkpoints)
     log.info("resuming %s after round %d of %d", folder.name, state.round if state else 0, num_rounds)
     return folder, config, state
@@ -131,7 +135,9 @@ def _warn_of_ignored(given: Mapping[str, Scalar], stored: Mapping[str, Scalar]) 
     """Say which settings of this call have no effect, because a resumed run keeps its own."""
     defaults = flatten(RunConfig())
     for key, value in given.items():
-        if key not in ("resume", "home", "name", "num_rounds") and value not in (defaults[key], stored[key]):
+        if key.startswith("observability.") or key in ("resume", "home", "name", "num_rounds"):
+            continue
+        if value not in (defaults[key], stored[key]):
             log.warning("%s = %r has no effect: the resumed run keeps %r", key, value, stored[key])
 
 

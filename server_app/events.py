@@ -22,6 +22,10 @@ from fedllm.runs import Event, read_metrics
 logger = logging.getLogger(__name__)
 
 
+LATE, SILENT = "Late", "Silent"
+"""Kinds of rejections that are no error's name."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
@@ -64,6 +68,9 @@ class Rejection(_Part):
 
     site: str
     reason: str
+    kind: str = ""
+    """The error's name, as the site states it where it is the site's; :data:`SILENT` without a reply,
+    :data:`LATE` for a reply to an earlier round."""
 
 
 class SiteRound(_Part):

@@ -11,8 +11,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Protocol
 
 from fedllm.errors import CheckpointError, explain
 from fedllm.files import atomic_write
@@ -28,6 +29,16 @@ log = logging.getLogger(__name__)
 _AFTER_LAST_ROUND = ("local_only", "personalised", "answer", "end")
 
 
+class Listener(Protocol):
+    """Hears what is recorded, such as what shows a run's figures while it lives."""
+
+    def begin(self, events: Sequence[AnyEvent]) -> None:
+        """Take note of everything that is recorded so far; called at first and whenever events were forgotten."""
+
+    def hear(self, event: AnyEvent) -> None:
+        """Take note of one event more."""
+
+
 class Recorder:
     """The one writer of a run's metrics; to be closed, or used in a ``with`` statement.
 
@@ -35,6 +46,7 @@ class Recorder:
 
     Args:
         folder: The run's folder, held by this process.
+        listeners: Who else is told.
 
     Attributes:
         events: What is in ``metrics.jsonl``, in order.
@@ -46,8 +58,8 @@ class Recorder:
     events: list[Event]
     _scalars: ScalarWriter | None
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, listeners: Sequence[Listener] = ()) -> None:
+        self._folder, self._listeners = folder, listeners
         self._story = Story(folder.path, _num_rounds(folder))
         self._open(read_metrics(folder.metrics))
         self._log_file = LogFile(folder.log)
@@ -74,6 +86,8 @@ class Recorder:
         self._story.tell(parsed, Results.of(self._parsed))
         self.events.append(raw)
         self._parsed.append(parsed)
+        for listener in self._listeners:
+            listener.hear(parsed)
 
     def sync(self) -> None:
         """Bring what was recorded to the disk, as is due before a checkpoint that relies on it.
@@ -129,6 +143,8 @@ class Recorder:
             self._file = path.open("ab")
         except OSError as error:
             raise self._refused(error) from error
+        for listener in self._listeners:
+            listener.begin(self._parsed)
 
     def _mirror(self, event: AnyEvent) -> None:
         scalars = scalars_of(event)

@@ -19,6 +19,7 @@ from server_app.arrivals import Arrivals, arrivals
 from server_app.broadcast import Start
 from server_app.checkpoint import RunState
 from server_app.dialogue import Dialogue
+from server_app.events import LATE, SILENT, Rejection
 from server_app.exchange import Deadline, Reply
 from server_app.federation import Federation, Stopwatch
 from server_app.folding import Accepted, grouped, moved
@@ -35,16 +36,16 @@ class Harvest:
 
     Attributes:
         accepted: Usable replies by site.
-        rejected: Reasons by site.
+        rejected: Why there is none, by site.
     """
 
     accepted: dict[str, Accepted] = field(default_factory=dict)
-    rejected: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, Rejection] = field(default_factory=dict)
 
-    def reject(self, site: str, reason: str) -> None:
-        """Drop a reply, with the reason."""
+    def reject(self, site: str, kind: str, reason: str) -> None:
+        """Drop a reply, with the reason and what kind of reason it is."""
         log.warning("rejected the update of %s: %s", site, reason)
-        self.rejected[site] = reason
+        self.rejected[site] = Rejection(site=site, reason=reason, kind=kind)
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,11 @@ def _collect(federation: Federation, arriving: Arrivals, chosen: Mapping[str, Me
         if rounds.grace_s and len(harvest.accepted) >= rounds.min_sites:
             deadline.cut(rounds.grace_s)
     for site in sorted(set(chosen) - set(harvest.accepted) - set(harvest.rejected)):
-        harvest.reject(site, "no reply before the round closed")
+        harvest.reject(site, SILENT, "no reply before the round closed")
     for late in federation.exchange.late():
         site = federation.roster.name_of(late.node)
         if site not in harvest.rejected:
-            harvest.reject(site, "it answered an earlier round after that had closed")
+            harvest.reject(site, LATE, "it answered an earlier round after that had closed")
     return harvest
 
 
@@ -199,7 +200,8 @@ def take(federation: Federation, arriving: Arrivals, harvest: Harvest, reply: Re
             payload.verify()
             harvest.accepted[site] = Accepted(site, report, path, payload.num_bytes, arriving)
     except FedLLMError as error:
-        harvest.reject(site, f"{type(error).__name__}: {error}")
+        kind = reply.message.error if isinstance(reply.message, Failure) else type(error).__name__
+        harvest.reject(site, kind, f"{type(error).__name__}: {error}")
 
 
 def _checked_report(reply: Reply, site: str, round_: int) -> TrainReport:
@@ -262,7 +264,7 @@ def round_event(
         "attempt": attempt,
         "participants": sorted(harvest.accepted),
         "asked": sorted(chosen),
-        "rejected": [{"site": site, "reason": reason} for site, reason in sorted(harvest.rejected.items())],
+        "rejected": [part.model_dump() for _, part in sorted(harvest.rejected.items())],
         "train_loss": _mean_loss(reports.values()),
         "sites": {
             site: {**_site_numbers(report), "staleness": round_ - report.round} for site, report in reports.items()

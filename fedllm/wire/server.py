@@ -14,13 +14,13 @@ import grpc
 import grpc.aio
 
 from fedllm.errors import TransportError, explain
+from fedllm.ports import free_ports, parse_ports
 from fedllm.wire.digest import digest_file
 from fedllm.wire.files import clear_disk_errors
 from fedllm.wire.ledger import Ledger
 from fedllm.wire.memory import keep_freed_buffers, return_freed_buffers
 from fedllm.wire.methods import SERVER_OPTIONS, handler
 from fedllm.wire.part import Receipt
-from fedllm.wire.ports import free_ports, parse_ports
 from fedllm.wire.rounds import Rounds
 from fedllm.wire.service import Published, UpdateService
 from fedllm.wire.spool import Spool

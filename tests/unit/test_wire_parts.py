@@ -14,12 +14,12 @@ import grpc
 import pytest
 
 from fedllm.errors import CancelledError, ConfigError, CorruptPayloadError, OversizedPayloadError, TransportError
+from fedllm.ports import free_ports, parse_ports
 from fedllm.wire import generate
 from fedllm.wire.digest import digest_bytes, digest_file
 from fedllm.wire.ledger import Ledger
 from fedllm.wire.part import Part, Receipt
 from fedllm.wire.patience import Patience
-from fedllm.wire.ports import free_ports, parse_ports
 from fedllm.wire.spool import Spool
 from fedllm.wire.status import METADATA_KEY, Reason, RefusedError, judge
 from fedllm.wire.tls import TlsConfig, channel_credentials, server_credentials

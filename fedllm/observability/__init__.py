@@ -1,0 +1,1 @@
+"""Figures for Prometheus: kept on a board, shown by an endpoint."""
