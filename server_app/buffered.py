@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from server_app.arrivals import Arrivals, arrivals
 from server_app.checkpoint import RunState
 from server_app.dialogue import Dialogue
+from server_app.events import LATE, SILENT
 from server_app.exchange import POLL_S, Deadline, Reply
 from server_app.federation import Federation, Stopwatch
 from server_app.folding import Accepted
@@ -164,7 +165,7 @@ class AsynchronousTraining:
                 if (site := version.dialogue.settle(reply, version.pending)) is not None:
                     yield version, site, reply
         for late in self._federation.exchange.late():
-            harvest.reject(self._federation.roster.name_of(late.node), "it answered a version that was given up")
+            harvest.reject(self._federation.roster.name_of(late.node), LATE, "it answered a version that was given up")
 
     def _give_up_old(self, round_: int, harvest: Harvest) -> None:
         """Close versions that nobody is waited for any more, because all have answered or because it is too late."""
@@ -173,8 +174,9 @@ class AsynchronousTraining:
             if version.round == round_ or (version.pending and not is_old and version.deadline.left_s > 0):
                 continue
             for node in version.pending.values():
+                kind = LATE if is_old else SILENT
                 why = f"later than {self._buffer.max_staleness} rounds" if is_old else "no answer within its time"
-                harvest.reject(self._federation.roster.name_of(node), f"asked in round {version.round}: {why}")
+                harvest.reject(self._federation.roster.name_of(node), kind, f"asked in round {version.round}: {why}")
             self._close(version)
 
     def _close(self, version: Version) -> None:
