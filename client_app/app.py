@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import ExitStack
 
 from flwr.app import Context
 from flwr.app import Message as FlowerMessage
@@ -17,7 +18,7 @@ from flwr.clientapp import ClientApp
 from client_app.gate import attend, reason_of, write_down_unreadable
 from client_app.workplace import Workplace, open_workplace
 from fedllm.errors import FedLLMError, PolicyError, TransportError
-from fedllm.logs import set_up_logging
+from fedllm.logs import about, set_up_logging
 from fedllm.messages import AnyMessage, Failure, Instruction
 from fedllm.records import from_records, to_records
 from fedllm.wire.transport import Envelope
@@ -29,11 +30,19 @@ app = ClientApp()
 
 def _answer(message: FlowerMessage, context: Context) -> FlowerMessage:
     set_up_logging()
+    with ExitStack() as saying:
+        return _said(message, context, saying)
+
+
+def _said(message: FlowerMessage, context: Context, saying: ExitStack) -> FlowerMessage:
+    """Answer; what is logged meanwhile says what it is about as soon as that is known."""
     site = ""
     try:
         instruction, envelope = _read(message, context)
+        saying.enter_context(about(run=instruction.run, round=getattr(instruction, "round", None)))
         workplace = open_workplace(context.node_config, instruction)
         site = workplace.site
+        saying.enter_context(about(node=site))
         reply, back = attend(instruction, envelope, workplace, _perform)
         return FlowerMessage(to_records(reply, back), reply_to=message)
     except FedLLMError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from client_app.audit.notes import Notes, audit_log
 from client_app.doctor.case import Case
 from client_app.doctor.certificates import NEW_KIT, broken_certificates
+from client_app.observability.tally import Tally
 from client_app.policy.rounds import count_round
 from client_app.policy.rules import Asked, Refusal, fingerprint_refusals, refusals, refused
 from client_app.policy.sharing import disclosed, sharing_refusals
@@ -44,7 +45,7 @@ def attend(
     owner = workplace.owner
     if owner is None:
         return perform(instruction, envelope, workplace)
-    notes = Notes(owner, instruction)
+    notes, tally = Notes(owner, instruction), Tally(owner, instruction)
     notes.received(envelope, own_app())
     try:
         admit(owner, instruction, own_app(), local_time())
@@ -53,8 +54,10 @@ def attend(
         reply = disclosed(reply, owner.sharing)
     except Exception as error:
         notes.failed(error, reason_of(error))
+        tally.failed(error)
         raise
     notes.sent(reply, back)
+    tally.done(reply, back)
     return reply, back
 
 

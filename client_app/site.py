@@ -14,13 +14,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from client_app.policy.settings import PolicySection, SharingSection
 from fedllm.config import DataConfig, validated
 from fedllm.data.sources import absolute
 from fedllm.errors import ConfigError, explain
+from fedllm.logs import LogFormat
 from fedllm.model.spec import Section
+from fedllm.observability.address import Address
 
 
 class SiteSection(Section):
@@ -97,6 +99,28 @@ class TransportSection(Section):
     """Let the update stream go unencrypted. Only for a closed network."""
 
 
+class ObservabilitySection(Section):
+    """How the site's own admin can watch it. Nothing of this is sent to the server."""
+
+    metrics: str = ""
+    """Address at which Prometheus may ask the site's service, such as `127.0.0.1:9301`; empty for none. Whoever reaches it
+    can read the figures, so keep it to this machine or to your own network."""
+
+    log_format: LogFormat = "text"
+    """How the service and what it starts write their log: `text`, or `json` with one object a line."""
+
+    @property
+    def address(self) -> Address | None:
+        """The address, None where there is none."""
+        return Address.parse(self.metrics) if self.metrics else None
+
+    @model_validator(mode="after")
+    def _check_address(self) -> ObservabilitySection:
+        if self.metrics:
+            Address.parse(self.metrics)
+        return self
+
+
 class SiteConfig(Section):
     """Everything that a data owner decides."""
 
@@ -108,6 +132,7 @@ class SiteConfig(Section):
     transport: TransportSection = TransportSection()
     policy: PolicySection = PolicySection()
     sharing: SharingSection = SharingSection()
+    observability: ObservabilitySection = ObservabilitySection()
 
     home: Path
     """Folder of the file, which its relative paths count from; not a key of the file."""

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from fedllm.config import RunConfig, Scalar, flatten, read_run_config
 from fedllm.errors import ConfigError, explain
-from fedllm.logs import set_up_logging
+from fedllm.logs import about, set_up_logging
 from fedllm.manifest import Manifest
 from fedllm.messages import Hello
 from fedllm.runs import RunFolder, calling_app, git_revision, resolve_home
@@ -82,7 +82,7 @@ def run_federation(
         run_id: Flower's id of the run.
         fixed_sites: No further sites will come up, as in simulation.
     """
-    with folder.held():
+    with folder.held(), about(run=folder.name, node="server"):
         _note_run(folder, config, run_id)
         figures = RunFigures(config, folder.path / SPOOL)
         recorder = Recorder(folder, [figures])

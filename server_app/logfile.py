@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from fedllm.logs import PACKAGES
+from fedllm.logs import PACKAGES, TextLines
 
 
 class LogFile:
@@ -17,7 +17,7 @@ class LogFile:
 
     def __init__(self, path: Path) -> None:
         self._handler = logging.FileHandler(path, encoding="utf-8", delay=True)
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        self._handler.setFormatter(TextLines("%(asctime)s %(levelname)-7s %(message)s"))
         for package in PACKAGES:
             logging.getLogger(package).addHandler(self._handler)
 

@@ -18,6 +18,7 @@ from functools import cached_property, partial
 
 from fedllm.codecs.pipeline import parse
 from fedllm.errors import FedLLMError, QuorumError, explain
+from fedllm.logs import about
 from fedllm.manifest import Manifest, SiteCounts
 from fedllm.messages import Introduction
 from fedllm.model.export import save_peft_adapter
@@ -61,7 +62,8 @@ class Loop:
             self._note_sites(state.adapter_layout)
             state = self._catch_up(state)
             while state.round < config.num_rounds:
-                state = self._round(state)
+                with about(round=state.round + 1):
+                    state = self._round(state)
             self._finish(state)
 
     def _first_state(self) -> RunState:

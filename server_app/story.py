@@ -51,15 +51,16 @@ class Story:
     num_rounds: int | None = None
 
     def tell(self, event: AnyEvent, before: Results) -> None:
-        """Log an event's lines at INFO, of an attempt in vain and of a site left out at WARNING.
+        """Log an event's lines as one record, at INFO, of an attempt in vain and of a site left out at WARNING.
 
         Args:
             event: What happened.
             before: What had happened before it.
         """
         unwelcome = isinstance(event, LeftOut) or (isinstance(event, Round) and event.event == "attempt")
-        for line in self.lines(event, before):
-            log.log(logging.WARNING if unwelcome else logging.INFO, "%s", line)
+        if lines := self.lines(event, before):
+            extra = {"event": event.event, "about": {"round": getattr(event, "round", None)}}
+            log.log(logging.WARNING if unwelcome else logging.INFO, "%s", "\n".join(lines), extra=extra)
 
     def lines(self, event: AnyEvent, before: Results) -> list[str]:
         """Return an event's lines; none for an answer, which is told at the end."""

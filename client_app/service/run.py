@@ -17,11 +17,11 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from client_app.doctor.case import Case
 from client_app.doctor.certificates import NEW_KIT, broken_certificates
+from client_app.observability.show import shown
 from client_app.service.backoff import Backoff
 from client_app.service.child import Child, Companion
 from client_app.service.flower import (
@@ -37,13 +37,14 @@ from client_app.service.flower import (
     write_node_config,
 )
 from client_app.service.folder import ServiceFolder
+from client_app.service.log import service_log
 from client_app.service.status import Status, now, write_status
 from client_app.service.warm import SOCKET, warm_command
 from client_app.site import load_site_config
 from fedllm.files import atomic_write
+from fedllm.logs import FORMAT_VARIABLE, LogFormat, wants_json
 from fedllm.provision.kit import SITE, Kit, read_kit
 
-LOG_BYTES, LOG_FILES = 10 << 20, 5
 GRACE_S = 15.0
 TICK_S = 0.2
 
@@ -67,10 +68,12 @@ def run_service(path: Path, *, echo: bool = True) -> None:
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        log = _log(folder, echo=echo)
+        as_json = wants_json(owner.observability.log_format)
+        log = service_log(folder, kit.site, echo=echo, as_json=as_json)
         for problem in broken_certificates(Case(owner)):
             log.warning("[service] %s. %s", problem, NEW_KIT)
-        Service(folder, kit, stop, log).run()
+        with shown(folder, owner, log):
+            Service(folder, kit, stop, log, log_format="json" if as_json else "text").run()
 
 
 def _prepare(folder: ServiceFolder, kit: Kit) -> None:
@@ -82,11 +85,19 @@ def _prepare(folder: ServiceFolder, kit: Kit) -> None:
 class Service:
     """One run of the service; its state is the status that it writes."""
 
-    def __init__(self, folder: ServiceFolder, kit: Kit, stop: threading.Event, log: logging.Logger) -> None:
+    def __init__(
+        self,
+        folder: ServiceFolder,
+        kit: Kit,
+        stop: threading.Event,
+        log: logging.Logger,
+        *,
+        log_format: LogFormat = "text",
+    ) -> None:
         self._folder = folder
         self._kit = kit
         self._stop = stop
-        self._environment = environment(folder, os.environ)
+        self._environment = environment(folder, {**os.environ, FORMAT_VARIABLE: log_format})
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._log = log
         self._status = Status(phase="starting", pid=os.getpid(), started=now())
@@ -195,16 +206,6 @@ class Service:
         if changed != self._status:
             write_status(self._folder.status, changed)
         self._status = changed
-
-
-def _log(folder: ServiceFolder, *, echo: bool) -> logging.Logger:
-    logger = logging.Logger(f"site service {folder.kit}")
-    file = RotatingFileHandler(folder.log, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
-    handlers: tuple[logging.Handler, ...] = (file, logging.StreamHandler()) if echo else (file,)
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        logger.addHandler(handler)
-    return logger
 
 
 def _free_port() -> int:
