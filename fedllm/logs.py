@@ -132,4 +132,4 @@ def json_line(
         "event": event,
         "message": message,
     }
-    return json.dumps(line | ({"error": error} if error else {}), ensure_ascii=False)
+    return json.dumps(line | ({"error": error} if error else {}))  # ASCII: one line for every reader, in any locale
