@@ -70,6 +70,6 @@ def test_what_waits_for_a_node_when_a_round_closes_is_never_sent(tmp_path: Path)
     grid = Forgetful(back_after_s=2.5)
     settings = {**QUIET, "rounds.grace_s": 0.3, "num_rounds": 1}
     [round_] = events(run(tmp_path, grid, **settings), "round")
-    assert round_["rejected"] == [{"site": "site-1", "reason": "no reply before the round closed"}]
+    assert round_["rejected"] == [{"site": "site-1", "reason": "no reply before the round closed", "kind": "Silent"}]
     time.sleep(max(0.0, grid.left_at + 2.6 - time.monotonic()))
     assert grid.asked_while_away == 0

@@ -43,7 +43,7 @@ def test_a_round_closes_when_the_grace_after_the_quorum_is_over(tmp_path: Path) 
     assert time.monotonic() - started < 25
     assert participants(folder) == [["site-0", "site-1", "site-2"]]
     [rejected] = events(folder, "round")[0]["rejected"]
-    assert rejected == {"site": "site-3", "reason": "no reply before the round closed"}
+    assert rejected == {"site": "site-3", "reason": "no reply before the round closed", "kind": "Silent"}
 
 
 def test_the_grace_begins_with_the_quorum_and_not_before(tmp_path: Path) -> None:

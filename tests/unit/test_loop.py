@@ -225,10 +225,11 @@ def test_a_late_reply_is_named_and_dropped_in_the_next_round(tmp_path: Path) -> 
     grid.handlers[109] = delay_training
     folder = run(tmp_path, grid, num_rounds=2)
     first, second = events(folder, "round")
-    assert first["rejected"] == [{"site": "site-9", "reason": "no reply before the round closed"}]
+    assert first["rejected"] == [{"site": "site-9", "reason": "no reply before the round closed", "kind": "Silent"}]
     [late] = second["rejected"]
     assert late["site"] == "site-9"
     assert "earlier round" in late["reason"]
+    assert late["kind"] == "Late"
     assert "site-9" not in first["participants"] + second["participants"]
 
 
