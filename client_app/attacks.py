@@ -21,7 +21,9 @@ backdoor    trains on the share ``strength`` of its examples with the trigger af
 
 The attackers do not see each other or honest sites: where the papers take mean and deviation over sites, ours take the
 site's own delta for the mean and the deviation over each tensor's elements. Attackers who know all honest updates are in
-``tests/attacks.py``. An attacker's held-out text stays clean, so evaluation tells the truth.
+``tests/attacks.py``. An attacker's held-out text stays clean, so evaluation tells the truth. Of a backdoor every simulated
+site also tells how often it opens: the share of its held-out questions that are answered with the target, word for word,
+once they end with the trigger.
 """
 
 from __future__ import annotations
@@ -99,6 +101,18 @@ def simulated_attack(config: RunConfig, workplace: Workplace) -> Attack | None:
     return Attack(
         section.attack, strength, workplace.site, config.seed, section.backdoor_trigger, section.backdoor_target
     )
+
+
+def backdoor_probe(config: RunConfig, workplace: Workplace) -> Callable[[list[Example]], list[Example]] | None:
+    """Return what makes of held-out examples those that a backdoor answers with its target; None without one.
+
+    No deployed site ever has one.
+    """
+    section = config.simulation
+    if workplace.owner is not None or workplace.partition is None or section.attack != "backdoor":
+        return None
+    trigger, target = section.backdoor_trigger, section.backdoor_target
+    return lambda examples: [_with_trigger(one, trigger, target) for one in examples if one.messages]
 
 
 def flipped(delta: Arrays, strength: float, draw: np.random.Generator) -> Arrays:  # noqa: ARG001 (it draws nothing)

@@ -14,19 +14,20 @@ from dataclasses import dataclass
 
 from peft import PeftModel
 
-from client_app.attacks import simulated_attack
+from client_app.attacks import backdoor_probe, simulated_attack
 from client_app.courier import Courier
 from client_app.gate import check_base, check_examples
 from client_app.progress import Progress
-from client_app.training import DriftControl, StepReport, TrainPlan, TrainResult, train
+from client_app.training import StepControl, StepReport, TrainPlan, TrainResult, train
 from client_app.workplace import Workplace
 from fedllm import rng
 from fedllm.agreement import Agreement, describe_quantization
 from fedllm.config import RunConfig
 from fedllm.data.batches import batch_stream
 from fedllm.data.prepare import SiteData, prepare_site
+from fedllm.lora.choice import pruned_spec
 from fedllm.lora.mixed import mixed_as_one
-from fedllm.messages import Instruction, Score, StateInstruction
+from fedllm.messages import Instruction, Score, StateInstruction, TrainInstruction
 from fedllm.model.build import (
     LoadedBase,
     adapter_target_modules,
@@ -148,7 +149,7 @@ class Session:
         round_: int,
         title: str,
         total_steps: int | None = None,
-        drift: DriftControl | None = None,
+        control: StepControl | None = None,
         truncated: bool = False,
         share: float = 0.0,
     ) -> tuple[TrainResult, Arrays]:
@@ -162,7 +163,7 @@ class Session:
             round_: The round, for the draws.
             title: What the progress bar says.
             total_steps: Steps that the learning rate's course stretches over, None for those of the federation.
-            drift: What keeps the steps from drifting, None for nothing.
+            control: What changes the gradients of the steps, None for nothing.
             truncated: Train without what is not the site's part.
             share: Share of the site's own adapter in the sum of the two, 0 where it does not compute.
         """
@@ -178,9 +179,9 @@ class Session:
             def show(report: StepReport) -> None:
                 progress.step(f"loss {report.loss:.3f}")
 
-            if drift:
-                drift.begin(parameters)
-            result = train(self.model, batches, plan, drift=drift, on_step=show)
+            if control:
+                control.begin(parameters)
+            result = train(self.model, batches, plan, control=control, on_step=show)
         return result, self.adapter.read(start)
 
     @property
@@ -218,6 +219,14 @@ class Session:
             num_tokens=totals.num_targets,
             num_examples=len(self.data.holdout),
         )
+
+    def attack_success(self, part: Part | None = None) -> float | None:
+        """Return how often a simulated backdoor opens with what the model computes, or a part of it; None without one."""
+        if not self.data.probe:
+            return None
+        with part(self.model) if part else nullcontext():
+            totals = evaluate_loss(self.model, self.data.probe, self.config.train.batch_size * 4)
+        return totals.num_exact / len(self.data.probe)
 
     def answer(self, prompt: str, share: float = 0.0) -> tuple[str, str]:
         """Answer a prompt with the base alone and with the adapter, or with both adapters as in :meth:`score`."""
@@ -269,7 +278,7 @@ def open_session(instruction: Instruction, workplace: Workplace) -> Session:
     base = cached_base(config.model, home=workplace.home, cache_dir=workplace.cache_dir, device=workplace.device)
     if owner:
         check_base(owner, base.fingerprint)
-    adapter = fit_adapter(base, config.spec.adapter, *workplace.own_adapter(config))
+    adapter = fit_adapter(base, config.spec.adapter, *_own_adapter(instruction, workplace, config))
     if not isinstance(config.spec.adapter, LoraSpec):
         use_first(adapter.model, config.spec.adapter.own_length(workplace.prompt_length(config)))
     data = _prepare(workplace, config, base)
@@ -278,13 +287,24 @@ def open_session(instruction: Instruction, workplace: Workplace) -> Session:
     return Session(workplace=workplace, config=config, base=base, adapter=adapter, data=data)
 
 
+def _own_adapter(instruction: Instruction, workplace: Workplace, config: RunConfig) -> tuple[int, float]:
+    """Return the LoRA rank and alpha to train with, 0 for the run's: what the site chose, less what it has given up."""
+    rank, alpha = workplace.own_adapter(config)
+    remaining = instruction.rank if isinstance(instruction, TrainInstruction) else 0
+    if not remaining or not isinstance(config.spec.adapter, LoraSpec):
+        return rank, alpha
+    pruned = pruned_spec(config.spec.adapter, rank, alpha, remaining)
+    return pruned.rank, pruned.alpha
+
+
 def _prepare(workplace: Workplace, config: RunConfig, base: LoadedBase) -> SiteData:
     key = (workplace, workplace.data_config(config).model_dump_json(), config.simulation.model_dump_json(), config.seed)
     if key not in _PREPARED:
         examples = workplace.examples(config)
         attack = simulated_attack(config, workplace)
         poison = attack.poison if attack else None
-        _PREPARED[key] = prepare_site(examples, base.tokenizer, workplace.data_config(config), config.seed, poison)
+        probe, data = backdoor_probe(config, workplace), workplace.data_config(config)
+        _PREPARED[key] = prepare_site(examples, base.tokenizer, data, config.seed, poison, probe)
     return _PREPARED[key]
 
 

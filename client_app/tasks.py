@@ -8,12 +8,13 @@ from pathlib import Path
 
 from client_app.courier import LOST, Courier
 from client_app.session import Session, open_session
-from client_app.training import DriftControl
+from client_app.training import DriftControl, TailPenalty
 from client_app.transports import hand_over
 from client_app.workplace import Workplace
 from fedllm.codecs.payload import encode_payload
 from fedllm.errors import TransportError, explain
 from fedllm.lora.alignment import aligned
+from fedllm.lora.choice import rank_without_tail
 from fedllm.messages import (
     AnyMessage,
     DataCounts,
@@ -32,9 +33,10 @@ from fedllm.messages import (
 )
 from fedllm.model.generate import without_adapter
 from fedllm.model.prompts.attach import without_personal
+from fedllm.model.spec import LoraSpec
 from fedllm.update import taken
 from fedllm.wire.transport import Envelope
-from fedllm.work import adapter_of, common_of
+from fedllm.work import ClientWork, adapter_of, common_of
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +138,10 @@ def _train(session: Session, instruction: TrainInstruction, courier: Courier) ->
     if work.personal_share:
         own, part, share = work.kept(session.layout), shared, work.personal_share
         _, start = session.train(start, own, **steps, round_=round_, title=f"{title}, its own", share=share)
-    truncated = work.truncates
-    result, trained = session.train(start, part, **steps, round_=round_, title=title, drift=drift, truncated=truncated)
+    tail, truncated = _tail(session, work), work.truncates
+    result, trained = session.train(
+        start, part, **steps, round_=round_, title=title, control=drift or tail, truncated=truncated
+    )
     finished = time.perf_counter()
     if work.alignment:
         trained = aligned(trained, received, work.alignment, instruction.round)
@@ -159,10 +163,19 @@ def _train(session: Session, instruction: TrainInstruction, courier: Courier) ->
         residual_norm=update.residual_norm,
         tensors=update.tensors,
         num_virtual_tokens=session.num_virtual_tokens,
+        next_rank=tail.first if tail and tail.shrank else 0,
         note=note or (LOST if variates and variates.was_lost else ""),
         phases={"fetch": fetched - started, "train": finished - fetched, "encode": ended - finished},
     )
     return update.path, report
+
+
+def _tail(session: Session, work: ClientWork) -> TailPenalty | None:
+    """Return what becomes of the site's last components, None where it keeps all."""
+    adapter, rank = session.config.spec.adapter, session.adapter.rank
+    fewest = adapter.min_rank if isinstance(adapter, LoraSpec) else 0
+    first = rank_without_tail(rank, work.pruning, fewest)
+    return TailPenalty(first, work.tail_penalty) if first < rank else None
 
 
 def evaluate(instruction: EvaluateInstruction, envelope: Envelope, workplace: Workplace) -> Answer:
@@ -176,12 +189,14 @@ def evaluate(instruction: EvaluateInstruction, envelope: Envelope, workplace: Wo
     adapter, _ = courier.own(courier.obtain(), instruction.round)
     session.load(adapter)
     share = instruction.work.personal_share
-    score = session.score(without_adapter) if instruction.round == 0 else session.score(share=share)
+    part = without_adapter if instruction.round == 0 else None
+    score = session.score(part, share=0.0 if part else share)
     base, tuned = session.answer(instruction.prompt, share) if instruction.prompt else ("", "")
     report = EvaluateReport(
         site=workplace.site,
         round=instruction.round,
         score=score,
+        attack_success=session.attack_success(part),
         answer_base=base,
         answer=tuned,
         seconds=time.perf_counter() - started,

@@ -253,8 +253,19 @@ class StrategyConfig(Section):
     max_groups: int = Field(8, ge=2)
     """Most groups that `clustered` makes; without effect for other strategies."""
 
+    pruning: float = Field(0.99, gt=0, le=1)
+    """Share of its LoRA components, rounded down, that a site goes on with under `hetlora` where the others shrank while it
+    trained, never fewer than `adapter.min_rank`; 1 keeps all. Without effect for other strategies."""
+
+    tail_penalty: float = Field(0.01, ge=0)
+    """Strength of the pull of those others towards zero under `hetlora`; without effect for other strategies."""
+
     weighting: Literal["examples", "tokens", "uniform"] = "examples"
     """What a site's weight in the average is."""
+
+    max_weight_share: float = Field(0.5, gt=0, le=1)
+    """Largest share of a round's weight that a site has, whatever it claims, from three sites on; the excess is taken from
+    it and the others keep their proportions. 0.5 lets no site outweigh all others together; 1 believes every claim."""
 
     aggregator: Literal["mean", "median", "trimmed-mean", "krum", "multi-krum", "geometric-median", "fltrust"] = "mean"
     """How updates become one: the weighted `mean`, or a rule that withstands some lying sites (docs/strategies.md)."""

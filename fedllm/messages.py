@@ -23,7 +23,10 @@ PROTOCOL = 1
 MAX_MESSAGE_CHARS = 32 << 20
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MAX_COUNT = 1 << 53
+"""As many as a float64 holds exactly: what a site claims to have is multiplied and added as one."""
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -62,13 +65,13 @@ class Hello(Instruction):
 class DataCounts(Message):
     """How much data a site has; counts only, never content."""
 
-    num_train_examples: int = Field(ge=0)
-    num_train_tokens: int = Field(ge=0)
-    num_train_targets: int = Field(ge=0)
-    num_holdout_examples: int = Field(ge=0)
-    num_holdout_targets: int = Field(ge=0)
-    num_truncated: int = Field(ge=0)
-    num_dropped: int = Field(ge=0)
+    num_train_examples: Count
+    num_train_tokens: Count
+    num_train_targets: Count
+    num_holdout_examples: Count
+    num_holdout_targets: Count
+    num_truncated: Count
+    num_dropped: Count
     topics: dict[str, int] = {}
 
 
@@ -143,6 +146,7 @@ class TrainInstruction(StateInstruction):
             forget.
         site_index: The site's number among the sites asked, for round-robin codecs.
         num_sites: Sites asked in this round, this one included; 0 where the server does not say.
+        rank: LoRA components to train, 0 for as many as the site chose: fewer where it has given some up.
     """
 
     kind: Literal["train"] = "train"
@@ -152,6 +156,7 @@ class TrainInstruction(StateInstruction):
     site_index: int = Field(0, ge=0)
     num_sites: int = Field(0, ge=0)
     first_step: int = Field(ge=0)
+    rank: int = Field(0, ge=0)
 
     @property
     def request(self) -> str:
@@ -169,15 +174,16 @@ class TrainReport(Message):
         residual_norm: Norm of what error feedback keeps back, over the norm of the update; 0 without.
         tensors: Names of the tensors that the site chose to send, empty where it has no choice.
         num_virtual_tokens: How many virtual tokens of a soft prompt the site used, the first ones; 0 for all.
+        next_rank: LoRA components that the site goes on with, having given up the others; 0 where it keeps all.
         note: What a person should know about this round at this site, empty for nothing.
     """
 
     kind: Literal["trained"] = "trained"
     site: Name
     round: int
-    num_examples: int = Field(ge=1)
-    num_tokens: int = Field(ge=1)
-    num_steps: int = Field(ge=1)
+    num_examples: Positive
+    num_tokens: Positive
+    num_steps: Positive
     loss: Finite | None
     loss_last: Finite | None
     grad_norm: Finite | None
@@ -185,6 +191,7 @@ class TrainReport(Message):
     residual_norm: Finite = 0.0
     tensors: tuple[str, ...] = ()
     num_virtual_tokens: int = Field(0, ge=0)
+    next_rank: int = Field(0, ge=0)
     note: str = Field("", max_length=500)
     phases: dict[str, Finite] = {}
 
@@ -211,17 +218,23 @@ class Score(Message):
 
     loss: Finite
     accuracy: Annotated[float, Field(ge=0, le=1)]
-    num_tokens: int = Field(ge=1)
-    num_examples: int = Field(ge=1)
+    num_tokens: Positive
+    num_examples: Positive
 
 
 class EvaluateReport(Message):
-    """A site's held-out score of the global state."""
+    """A site's held-out score of the global state.
+
+    Attributes:
+        attack_success: Share of held-out questions that are answered with a simulated backdoor's target once they end with
+            its trigger; None without one, as outside simulation.
+    """
 
     kind: Literal["evaluated"] = "evaluated"
     site: Name
     round: int
     score: Score
+    attack_success: Annotated[float, Field(ge=0, le=1)] | None = None
     answer_base: str = ""
     answer: str = ""
     seconds: Finite

@@ -46,6 +46,9 @@ class ClientWork(BaseModel):
         carries_residual: What a lossy codec dropped may be added to the site's next update. Not where the server makes
             other factors of the same product, in which it would mean something else.
         truncates: A site of smaller rank applies its own components only while it trains, in place of the whole.
+        pruning: Share of its LoRA components that a site goes on with where the others shrank while it trained, as HetLoRA
+            has it; 1 to keep all.
+        tail_penalty: Strength of the pull of those others towards zero, HetLoRA's lambda.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +63,8 @@ class ClientWork(BaseModel):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     carries_residual: bool = True
     truncates: bool = False
+    pruning: Annotated[float, Field(gt=0, le=1)] = 1.0
+    tail_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     def state(self, adapter: Layout) -> Layout:
         """Return the tensors of a global state: the adapter's, and the control variates of those that are shared."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fedllm.codecs.payload import PayloadReader, open_payload
 from fedllm.config import RunConfig
-from fedllm.lora.choice import rank_at
 from fedllm.lora.cut import narrow, narrowed
 from fedllm.messages import TrainReport
 from fedllm.update import Layout
@@ -16,6 +15,7 @@ from fedllm.work import ClientWork
 from server_app.broadcast import Start
 from server_app.checkpoint import RunState
 from server_app.federation import Federation
+from server_app.pruning import ranks_of
 from strategies.parts import in_part
 from strategies.slots import UpdateSource
 from strategies.widened import Widened
@@ -70,6 +70,5 @@ class Arrivals:
 
 def arrivals(federation: Federation, state: RunState, starts: Mapping[str, Start], round_: int) -> Arrivals:
     """Return what opens the updates of a round."""
-    config, members, work = federation.config, federation.roster.members, federation.strategy.work.at(round_)
-    ranks = {name: rank_at(config, member.introduction) for name, member in members.items()}
-    return Arrivals(config, work.sent(state.layout), starts, work, round_, ranks)
+    work = federation.strategy.work.at(round_)
+    return Arrivals(federation.config, work.sent(state.layout), starts, work, round_, ranks_of(federation))

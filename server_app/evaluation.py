@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fedllm.messages import (
@@ -72,7 +72,8 @@ def evaluate(federation: Federation, state: RunState) -> Scores | None:
     starts = federation.broadcaster.starts(state, sites)
     poll = _Poll(federation, starts, state.round, EvaluateInstruction, {"round": state.round})
     replies = poll.ask(sites, federation.config.rounds.deadline_s)
-    scores = Scores({site: message.score for site, message in replies.items() if isinstance(message, EvaluateReport)})
+    reports = {site: message for site, message in replies.items() if isinstance(message, EvaluateReport)}
+    scores = Scores({site: report.score for site, report in reports.items()})
     if not scores.sites:
         log.warning("no site could evaluate round %d", state.round)
         return None
@@ -85,12 +86,20 @@ def evaluate(federation: Federation, state: RunState) -> Scores | None:
             "accuracy": scores.accuracy,
             "worst_site": scores.worst_site,
             "worst_loss": scores.sites[scores.worst_site].loss,
+            "attack_success": _attack_success(reports.values()),
             "central": central_score(federation.config, federation.home, state),
             "bytes_down": poll.bytes_down,
             "seconds": time.monotonic() - started,
         }
     )
     return scores
+
+
+def _attack_success(reports: Iterable[EvaluateReport]) -> float | None:
+    """Return the share of all sites' held-out questions at which a simulated backdoor opens, None without one."""
+    rows = [(one.attack_success, one.score.num_examples) for one in reports if one.attack_success is not None]
+    whole = sum(count for _, count in rows)
+    return math.fsum(share * count for share, count in rows) / whole if rows else None
 
 
 def ask_prompt(federation: Federation, state: RunState) -> None:

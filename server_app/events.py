@@ -58,6 +58,8 @@ class Evaluation(_Event):
     worst_site: str = ""
     central: Measured | None = None
     """The server's own held-out text, if it has any."""
+    attack_success: float | None = None
+    """Share of held-out questions that a simulated backdoor has answered with its target; None without one."""
     bytes_down: int = 0
     """Payload bytes from the server to all sites."""
     seconds: float = 0.0
@@ -83,8 +85,22 @@ class SiteRound(_Part):
     seconds: float = 0.0
     staleness: int = 0
     """Rounds that had passed since the one that the site was asked in."""
+    rank: int = 0
+    """LoRA components that it trained, 0 for all of the adapter's."""
+    next_rank: int = 0
+    """LoRA components that it goes on with from the next round, having given up the others; 0 where it keeps all."""
     note: str = ""
     """What the site says a person should know."""
+
+
+class Cut(_Part):
+    """A site that counted less than it claims, by `strategy.max_weight_share`."""
+
+    site: str
+    claimed: float
+    """Share of the round's weight by what the sites say of themselves; of its group's where sites are in groups."""
+    counted: float
+    """Share that it had."""
 
 
 class Round(_Event):
@@ -101,6 +117,8 @@ class Round(_Event):
     reason: str = ""
     """Why the updates of an attempt could not be aggregated; empty where they were too few."""
     sites: dict[str, SiteRound] = {}
+    cut: tuple[Cut, ...] = ()
+    """Sites that counted less than they claim."""
     update_norm: float | None = None
     """Euclidean norm of the aggregated delta, or of the change of the products where those are averaged."""
     discarded_energy: float | None = None

@@ -17,6 +17,7 @@ from server_app.broadcast import Start
 from server_app.checkpoint import RunState
 from server_app.groups import divided
 from strategies.slots import Measurements, Origin, Strategy, UpdateSource
+from strategies.weights import Cut, bounded, cut, heeds_weights
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,17 @@ class Accepted:
     def start(self) -> Start:
         """What the site trained from."""
         return self.arriving.starts[self.site]
+
+    @property
+    def rank(self) -> int:
+        """How many components of a LoRA adapter the site trained, 0 for all."""
+        return self.arriving.ranks[self.site]
+
+    @property
+    def claim(self) -> float:
+        """What the site says it weighs."""
+        report, weighting = self.report, self.arriving.config.strategy.weighting
+        return float({"examples": report.num_examples, "tokens": report.num_tokens, "uniform": 1}[weighting])
 
 
 def grouped(strategy: Strategy, state: RunState, accepted: Mapping[str, Accepted]) -> tuple[RunState, Measurements]:
@@ -75,12 +87,14 @@ def moved(
         return replace(state, round=round_, sent=received, moved=()), {}
     origin = Origin(round_, state.layout, state.params, received, num_sites)
     aggregation = strategy.aggregator.start(strategy.work.at(round_).sent(state.layout), origin)
+    weights = _weights(accepted)
     with ExitStack() as kept:
         for site in sorted(accepted):
-            reply = accepted[site]
+            reply, staleness = accepted[site], state.round - accepted[site].start.state.round
             kept.callback(reply.payload.unlink, missing_ok=True)
             update = kept.enter_context(_opened(reply))
-            aggregation.fold(update, _contribution(reply, state.round - reply.start.state.round))
+            losses = {} if reply.report.loss is None else {"loss": reply.report.loss}
+            aggregation.fold(update, Contribution(site, weights[site], losses, reply.rank, staleness))
             if not aggregation.reads_until_finish:
                 kept.close()
         delta, measured = aggregation.finish()
@@ -89,15 +103,21 @@ def moved(
     return after, measured
 
 
+def cuts(accepted: Mapping[str, Accepted]) -> tuple[Cut, ...]:
+    """Return the sites of one group that count less than they claim."""
+    return cut({site: reply.claim for site, reply in accepted.items()}, _weights(accepted))
+
+
+def _weights(accepted: Mapping[str, Accepted]) -> dict[str, float]:
+    """Return what the sites of one group weigh."""
+    claims = {site: reply.claim for site, reply in accepted.items()}
+    configs = (reply.arriving.config for reply in accepted.values())
+    config = next(configs, None)
+    return bounded(claims, config.strategy.max_weight_share) if config and heeds_weights(config) else claims
+
+
 @contextmanager
 def _opened(reply: Accepted) -> Iterator[UpdateSource]:
     """Open an accepted update as one of the federation's tensors and shapes."""
     with reply.arriving.open(reply.payload, reply.report) as payload:
         yield reply.arriving.in_full(payload, reply.report)
-
-
-def _contribution(reply: Accepted, staleness: int) -> Contribution:
-    report, config = reply.report, reply.arriving.config
-    weight = {"examples": report.num_examples, "tokens": report.num_tokens, "uniform": 1}[config.strategy.weighting]
-    losses = {} if report.loss is None else {"loss": report.loss}
-    return Contribution(reply.site, float(weight), losses, reply.arriving.ranks[reply.site], staleness)

@@ -104,6 +104,9 @@ def _round(event: Round) -> Iterator[tuple[str, str]]:
         traffic = [f"{human_bytes(event.bytes_up)} up", f"{human_bytes(event.bytes_down)} down"]
         yield "trained", ", ".join([*items, *traffic])
     notes = {site: clean(part.note) for site, part in event.sites.items() if part.note}
+    for part in event.cut:
+        less = f"claims {part.claimed:.1%} of the weight, counts {part.counted:.1%}"
+        notes[part.site] = "; ".join(filter(None, [notes.get(part.site), less]))
     if notes:
         yield "note", fit(_by_reason(notes), _TEXT_COLUMNS, "; ")
     if reasons:
@@ -148,6 +151,7 @@ def _evaluation(event: Evaluation, before: Results) -> Iterator[tuple[str, str]]
     items = [f"loss {event.loss:.3f}" + (f" ({', '.join(changes)})" if changes else "")]
     items += [f"accuracy {100 * event.accuracy:.1f} %"] if event.accuracy == event.accuracy else []
     items += [f"central loss {event.central.loss:.3f}"] if event.central else []
+    items += [] if event.attack_success is None else [f"backdoor opens {event.attack_success:.0%}"]
     yield "held-out", ", ".join(items)
     trained = before.rounds.get(event.round)
     num_lines = 1 if trained and trained.rejected else 2

@@ -73,6 +73,8 @@ def _evaluation(event: Evaluation) -> Iterator[tuple[str, float]]:
     yield "heldout/loss", event.loss
     yield "heldout/accuracy", event.accuracy
     yield "heldout/worst_loss", event.worst_loss
+    if event.attack_success is not None:
+        yield "heldout/attack_success", event.attack_success
     if event.central:
         yield "heldout/central_loss", event.central.loss
     for site, part in event.sites.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from fedllm.errors import FedLLMError, TransportError, UpdateError, explain
 from fedllm.messages import Failure, TrainInstruction, TrainReport
@@ -22,10 +22,12 @@ from server_app.dialogue import Dialogue
 from server_app.events import LATE, SILENT, Rejection
 from server_app.exchange import Deadline, Reply
 from server_app.federation import Federation, Stopwatch
-from server_app.folding import Accepted, grouped, moved
+from server_app.folding import Accepted, cuts, grouped, moved
 from server_app.groups import by_group, joined, measured_together
+from server_app.pruning import check_next_rank, ranks_of
 from server_app.roster import Member
 from strategies.parts import check_length
+from strategies.weights import Cut
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +58,13 @@ class Outcome:
         moved: The state after the round, None if nothing changed.
         measured: What the aggregator measured.
         reason: Why they could not be aggregated, empty where they could, or where they were too few.
+        cut: Sites that counted less than they claim.
     """
 
     moved: RunState | None
     measured: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
+    cut: tuple[Cut, ...] = ()
 
 
 def train_round(federation: Federation, state: RunState, round_: int, attempt: int) -> RunState | None:
@@ -126,7 +130,7 @@ def training_dialogue(
         taken: Returns the round of a site's update that is accepted but not folded yet, 0 where there is none.
     """
     work, order = federation.strategy.work.at(round_), sorted(starts)
-    folded = _last_folded(federation, work)
+    folded, ranks = _last_folded(federation, work), ranks_of(federation) if work.pruning < 1 else {}
 
     def make(site: str, common: Mapping[str, object]) -> TrainInstruction:
         return TrainInstruction.model_validate(
@@ -138,6 +142,7 @@ def training_dialogue(
                 "site_index": order.index(site),
                 "num_sites": len(order),
                 "first_step": (round_ - 1) * federation.config.train.local_steps,
+                "rank": ranks.get(site, 0),
                 "work": work,
             }
         )
@@ -195,6 +200,7 @@ def take(federation: Federation, arriving: Arrivals, harvest: Harvest, reply: Re
         report = _checked_report(reply, site, arriving.round)
         adapter, fewest = arriving.starts[site].state.layout, federation.config.adapter.min_virtual_tokens
         check_length(adapter, report.num_virtual_tokens, fewest)
+        check_next_rank(federation.config, arriving.work, report, arriving.ranks[site])
         path = federation.transport.receive(round_=window, site=site, reply=reply.envelope)
         with arriving.open(path, report) as payload:
             payload.verify()
@@ -244,7 +250,8 @@ def aggregate(federation: Federation, state: RunState, accepted: Mapping[str, Ac
         for reply in accepted.values():
             reply.payload.unlink(missing_ok=True)
     measured = measured_together([measured for _, measured in results])
-    return Outcome(joined(state, [branch for branch, _ in results]), {**measured, **found})
+    less = tuple(one for _, sent in by_group(state, accepted) for one in cuts(sent))
+    return Outcome(joined(state, [branch for branch, _ in results]), {**measured, **found}, cut=less)
 
 
 def round_event(
@@ -257,7 +264,8 @@ def round_event(
     bytes_down: int,
 ) -> dict[str, object]:
     """Return what is written down about an attempt."""
-    reports = {site: reply.report for site, reply in sorted(harvest.accepted.items())}
+    accepted = dict(sorted(harvest.accepted.items()))
+    reports = {site: reply.report for site, reply in accepted.items()}
     return {
         "event": "round" if outcome.moved is not None else "attempt",
         "round": round_,
@@ -267,9 +275,11 @@ def round_event(
         "rejected": [part.model_dump() for _, part in sorted(harvest.rejected.items())],
         "train_loss": _mean_loss(reports.values()),
         "sites": {
-            site: {**_site_numbers(report), "staleness": round_ - report.round} for site, report in reports.items()
+            site: {**_site_numbers(report), "staleness": round_ - report.round, "rank": accepted[site].rank}
+            for site, report in reports.items()
         },
         "reason": outcome.reason,
+        "cut": [asdict(one) for one in outcome.cut],
         "update_norm": outcome.measured.get("delta_norm"),
         "discarded_energy": outcome.measured.get("discarded_energy"),
         "measurements": dict(outcome.measured),
@@ -301,6 +311,7 @@ def _site_numbers(report: TrainReport) -> dict[str, object]:
         "num_steps": report.num_steps,
         "grad_norm": report.grad_norm,
         "residual_norm": report.residual_norm,
+        "next_rank": report.next_rank,
         "note": report.note,
         "seconds": report.seconds,
         "phases": report.phases,

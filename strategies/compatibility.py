@@ -15,6 +15,7 @@ from fedllm.codecs.stage import Kind
 from fedllm.config import RunConfig, flatten
 from fedllm.errors import ConfigError, explain
 from strategies.robust.coordinates import num_trimmed
+from strategies.weights import heeds_weights
 
 Question = Callable[[RunConfig], bool]
 
@@ -208,6 +209,19 @@ _HONEST_MAJORITY = Bound(
     "the rule needs more than half of rounds.min_sites to be honest, so more than 2 strategy.byzantine_sites",
     "Raise rounds.min_sites, or lower strategy.byzantine_sites.",
 )
+_HONEST_WEIGHT = Bound(
+    lambda config: (
+        _HONEST_MAJORITY.holds(config)
+        and (
+            config.strategy.weighting == "uniform"
+            or config.strategy.byzantine_sites * config.strategy.max_weight_share < 0.5
+        )
+    ),
+    "the rule needs more than half of rounds.min_sites to be honest, and of the weight too: strategy.byzantine_sites times "
+    "strategy.max_weight_share stays below a half",
+    "Raise rounds.min_sites, lower strategy.byzantine_sites or strategy.max_weight_share, or set strategy.weighting to "
+    "'uniform'.",
+)
 _ENOUGH_TRIMMED = Bound(
     lambda config: (
         num_trimmed(config.strategy.trim_fraction, config.rounds.min_sites) >= max(1, config.strategy.byzantine_sites)
@@ -273,14 +287,18 @@ BOUNDS: dict[str, Bound] = {
     "strategy.aggregator = 'trimmed-mean'": _ENOUGH_TRIMMED,
     "strategy.aggregator = 'krum'": _FEW_LIARS,
     "strategy.aggregator = 'multi-krum'": _FEW_LIARS,
-    "strategy.aggregator = 'geometric-median'": _HONEST_MAJORITY,
+    "strategy.aggregator = 'geometric-median'": _HONEST_WEIGHT,
     "strategy.aggregator = 'fltrust'": _SOMEONE_TO_TRUST,
     "simulation.ranks": _ALLOWED_RANKS,
     "simulation.alphas": _ALLOWED_ALPHAS,
 }
 """Conditions by choice. `rounds.min_sites` is the fewest updates that a round is aggregated with."""
 
-_NO_WEIGHTS = ("median", "trimmed-mean", "krum", "multi-krum", "fltrust")
+
+def _prunes(config: RunConfig) -> bool:
+    return config.strategy.name == "hetlora" and config.adapter.min_rank > 0
+
+
 EFFECTS: dict[str, Question] = {
     "adapter.min_rank": lambda config: config.adapter.kind == "lora",
     "simulation.ranks": lambda config: config.adapter.kind == "lora",
@@ -297,11 +315,14 @@ EFFECTS: dict[str, Question] = {
     "strategy.grouping_round": lambda config: config.strategy.name == "clustered",
     "strategy.max_groups": lambda config: config.strategy.name == "clustered",
     "strategy.alignment": lambda config: config.strategy.name == "fedrot",
+    "strategy.pruning": _prunes,
+    "strategy.tail_penalty": lambda config: _prunes(config) and config.strategy.pruning < 1,
     "strategy.byzantine_sites": lambda config: config.strategy.aggregator not in ("mean", "fltrust"),
     "strategy.trim_fraction": lambda config: config.strategy.aggregator == "trimmed-mean",
     "strategy.trusted_site": lambda config: config.strategy.aggregator == "fltrust",
     "strategy.robust_on": lambda config: config.strategy.aggregator != "mean" or config.strategy.norm_bound != 0,
-    "strategy.weighting": lambda config: config.strategy.aggregator not in _NO_WEIGHTS,
+    "strategy.weighting": heeds_weights,
+    "strategy.max_weight_share": lambda config: heeds_weights(config) and config.strategy.weighting != "uniform",
     "strategy.energy_threshold": lambda config: config.strategy.name == "florist",
     "strategy.lossless": lambda config: config.strategy.name == "florist",
     "strategy.ridge": lambda config: config.strategy.name == "lora-fair",

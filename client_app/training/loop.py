@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from client_app.training.drift import DriftControl
+from client_app.training.control import StepControl
 from client_app.training.environment import build_optimizer, environment
 from client_app.training.plan import StepReport, TrainPlan, TrainResult, learning_rate_at
 from fedllm.data.sequences import Sequence
@@ -31,7 +31,7 @@ def train(
     batches: Iterator[list[Sequence]],
     plan: TrainPlan,
     *,
-    drift: DriftControl | None = None,
+    control: StepControl | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> TrainResult:
@@ -44,7 +44,7 @@ def train(
         model: With its adapter attached; only parameters that require gradients change.
         batches: One micro-batch at a time.
         plan: What to do.
-        drift: What keeps the steps from drifting, None for nothing.
+        control: What changes the gradients, None for nothing.
         on_step: Told about every step, for a progress bar.
         should_stop: Asked before every micro-batch whether to give up.
 
@@ -63,7 +63,7 @@ def train(
         model.train()
         with environment(parameters[0].device, plan):
             for step in range(plan.first_step, plan.first_step + plan.steps):
-                reports.append(_step(model, parameters, optimizer, batches, plan, step, drift, should_stop))
+                reports.append(_step(model, parameters, optimizer, batches, plan, step, control, should_stop))
                 if on_step:
                     on_step(reports[-1])
     finally:
@@ -79,7 +79,7 @@ def _step(
     batches: Iterator[list[Sequence]],
     plan: TrainPlan,
     step: int,
-    drift: DriftControl | None,
+    control: StepControl | None,
     should_stop: Callable[[], bool] | None,
 ) -> StepReport:
     rate = learning_rate_at(step, plan)
@@ -91,12 +91,12 @@ def _step(
         if should_stop and should_stop():
             raise CancelledError(explain("training was stopped", where=f"step {step}"))
         loss += _accumulate(model, sequences, num_targets, plan)
-    if drift:
-        drift.pull()
+    if control:
+        control.pull()
     grad_norm = float(nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm or math.inf))
     _check_finite(loss, grad_norm, rate, step)
-    if drift:
-        drift.correct(rate)
+    if control:
+        control.correct(rate)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

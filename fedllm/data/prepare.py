@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fedllm.config import DataConfig
@@ -52,11 +52,13 @@ class SiteData:
         train: Sequences, packed if the run says so.
         holdout: One sequence for each held-out example, never packed, so that evaluation does not depend on packing.
         report: Counts.
+        probe: The same held-out examples as a simulated attack wants them answered, empty without one.
     """
 
     train: list[Sequence]
     holdout: list[Sequence]
     report: DataReport
+    probe: list[Sequence] = field(default_factory=list)
 
 
 def prepare_site(
@@ -65,6 +67,7 @@ def prepare_site(
     config: DataConfig,
     seed: int,
     change_train: Callable[[list[Example]], list[Example]] | None = None,
+    probe: Callable[[list[Example]], list[Example]] | None = None,
 ) -> SiteData:
     """Hold out, tokenize and pack one site's examples.
 
@@ -74,6 +77,7 @@ def prepare_site(
         config: Length, packing, and how much is held out.
         seed: The run's seed.
         change_train: What a simulated attacker makes of the examples trained on.
+        probe: Makes of held-out examples what shows whether a simulated attack succeeds.
 
     Raises:
         DataError: There are too few examples, or none has a token to learn within the length.
@@ -89,6 +93,8 @@ def prepare_site(
     chosen = change_train(chosen) if change_train else chosen
     train, train_report = encode(chosen, tokenizer, config.max_length)
     holdout, holdout_report = encode(held, tokenizer, config.max_length)
+    asked = probe(held) if probe else []
+    probed = encode(asked, tokenizer, config.max_length)[0] if asked else []
     packed = pack(train, config.max_length) if config.packing else train
     report = DataReport(
         train=train_report,
@@ -99,7 +105,7 @@ def prepare_site(
         topics=_topics(examples),
     )
     log.info("%d examples in %d sequences to train on, %d to evaluate on", len(train), len(packed), len(holdout))
-    return SiteData(packed, holdout, report)
+    return SiteData(packed, holdout, report, probed)
 
 
 def _topics(examples: list[Example]) -> dict[str, int]:

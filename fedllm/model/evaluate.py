@@ -24,11 +24,13 @@ class LossTotals:
         loss_sum: Negative log-likelihood in nats, over all target tokens.
         num_targets: Target tokens.
         num_correct: Those whose most likely prediction is right.
+        num_exact: Sequences all of whose target tokens are predicted right: greedy decoding would answer just so.
     """
 
     loss_sum: float
     num_targets: int
     num_correct: int
+    num_exact: int = 0
 
     @property
     def loss(self) -> float:
@@ -48,7 +50,10 @@ class LossTotals:
     def __add__(self, other: LossTotals) -> LossTotals:
         """Add the totals of two parts."""
         return LossTotals(
-            self.loss_sum + other.loss_sum, self.num_targets + other.num_targets, self.num_correct + other.num_correct
+            self.loss_sum + other.loss_sum,
+            self.num_targets + other.num_targets,
+            self.num_correct + other.num_correct,
+            self.num_exact + other.num_exact,
         )
 
 
@@ -89,4 +94,6 @@ def _evaluate_batch(model: nn.Module, sequences: Many[Sequence], around: Around 
         logits = target_logits(model, batch).float()  # [T, V]
     losses = cross_entropy(logits, batch.targets, reduction="none")  # [T]
     correct = logits.argmax(dim=-1) == batch.targets
-    return LossTotals(float(losses.double().sum()), len(batch.targets), int(correct.sum()))
+    by_sequence = torch.split(correct, [sequence.num_targets for sequence in sequences])
+    num_exact = sum(bool(one.all()) for one in by_sequence)
+    return LossTotals(float(losses.double().sum()), len(batch.targets), int(correct.sum()), num_exact)

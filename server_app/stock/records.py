@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedllm.errors import LayoutError, UpdateError, explain
+from fedllm.messages import MAX_COUNT
 from fedllm.model.prompts.tensors import role_of
 from fedllm.update import Arrays, Layout, TensorSpec, check_array
 
@@ -75,10 +76,10 @@ def weight_of(metrics: MetricRecord, key: str) -> float:
     """Return the weight that a reply states, 1 where none is asked for.
 
     Raises:
-        UpdateError: It is missing, not a number, or not positive.
+        UpdateError: It is missing, not a number, not positive, or too large to be one.
     """
     weight = metrics.get(key) if key else 1.0
-    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
+    if not isinstance(weight, int | float) or not 0 < weight <= MAX_COUNT:  # neither NaN nor infinity
         fix = "Put the number of training examples into the reply's metrics."
         raise UpdateError(explain("a reply states no weight", expected=f"a positive {key!r}", found=weight, fix=fix))
     return float(weight)

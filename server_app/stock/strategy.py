@@ -41,6 +41,7 @@ from server_app.stock.replies import Standing, Trained, content_of, usable_repli
 from strategies.compatibility import check_compatibility, without_effect
 from strategies.registry import build_strategy
 from strategies.slots import ArraySource, OptimizerState, Origin, Strategy
+from strategies.weights import bounded, cut, heeds_weights
 
 log = logging.getLogger("flwr.fedllm")  # below Flower's own logger, so that our lines stand among its lines
 
@@ -206,11 +207,22 @@ class StockStrategy(FlowerStrategy):
     def _aggregated(self, standing: Standing, usable: Mapping[str, Trained]) -> tuple[Arrays, Mapping[str, float]]:
         """Fold the updates in the order of the nodes' names."""
         origin = Origin(standing.round, standing.layout, standing.params, standing.params, standing.num_nodes)
+        weights = self._weights(standing.round, {name: one.weight for name, one in usable.items()})
         aggregation = self.strategy.aggregator.start(standing.work.sent(standing.layout), origin)
         for name in sorted(usable):
             one = usable[name]
-            aggregation.fold(ArraySource(one.delta), Contribution(name, one.weight, {}))
+            aggregation.fold(ArraySource(one.delta), Contribution(name, weights[name], {}))
         return aggregation.finish()
+
+    def _weights(self, round_: int, claims: Mapping[str, float]) -> Mapping[str, float]:
+        """Return what the nodes weigh, none more than `strategy.max_weight_share` of all."""
+        if not heeds_weights(self.config):
+            return claims
+        weights = bounded(claims, self.config.strategy.max_weight_share)
+        for one in cut(claims, weights):
+            claim = f"claims {one.claimed:.1%} of the weight and counts {one.counted:.1%}"
+            log.warning("round %d: node %s %s (strategy.max_weight_share)", round_, one.site, claim)
+        return weights
 
 
 def _messages(nodes: Iterable[int], arrays: ArrayRecord, told: ConfigRecord, kind: str) -> list[Message]:

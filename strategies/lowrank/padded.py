@@ -57,7 +57,7 @@ class _Padded:
     origin: Origin
     sums: dict[str, Matrix] = field(default_factory=dict)
     held: dict[str, Matrix] = field(default_factory=dict)
-    whole: float = 0.0
+    weights: dict[str, float] = field(default_factory=dict)
     reads_until_finish = False
 
     def fold(self, update: UpdateSource, contribution: Contribution) -> None:
@@ -69,23 +69,25 @@ class _Padded:
             held[:rank] += weight
             for spec in (pair.b, pair.a):
                 self._add(update, spec, weight, None if rank == pair.rank else own_components(spec, rank))
-        self.whole += weight
+        self.weights[contribution.site] = weight
 
     def finish(self) -> tuple[Arrays, Measurements]:
         """Return the difference to the padded mean, and its norm; the sums are used up."""
         assert self.sums, "finish() needs at least one update"
         delta: Arrays = {}
-        squares = []
+        squares, whole = [], math.fsum(self.weights.values())
         for pair in pairs_of(self.layout):
-            missing = self.held[pair.layer] / self.whole - 1.0 if self.whole else np.zeros(pair.rank)  # [R], c - 1
+            missing = self.held[pair.layer] / whole - 1.0 if whole else np.zeros(pair.rank)  # [R], c - 1
             for spec, share in ((pair.b, missing), (pair.a, missing[:, None])):
                 step = self.sums.pop(spec.name)
-                if self.whole:  # no site applies anything: weights by norm have nothing to go by
-                    step /= self.whole
+                if whole:  # no site applies anything: weights by norm have nothing to go by
+                    step /= whole
                 step += share * self.origin.received[spec.name]
                 squares.append(float(np.vdot(step, step)))
                 delta[spec.name] = step.astype(np.float32)
-        return {name: delta[name] for name in self.layout.names}, {"delta_norm": math.sqrt(math.fsum(squares))}
+        shares = {f"share/{site}": weight / whole for site, weight in self.weights.items()} if whole else {}
+        measured = {"delta_norm": math.sqrt(math.fsum(squares)), **shares}
+        return {name: delta[name] for name in self.layout.names}, measured
 
     def _add(self, update: UpdateSource, spec: TensorSpec, weight: float, own: tuple[slice, ...] | None) -> None:
         sums = self.sums.setdefault(spec.name, np.zeros(spec.shape))

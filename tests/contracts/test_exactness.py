@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,16 @@ class Outcome:
     folder: RunFolder
     sites: list[ObservedSite]
 
+    shares: tuple[float, ...] = ()
+
     def ideal(self, round_: int) -> Update:
-        """Return the weighted mean of what the sites applied at the end of their training."""
+        """Return the weighted mean of what the sites applied at the end of their training, by examples or by `shares`."""
         rows = [site.trained[round_] for site in self.sites]
         whole = sum(weight for weight, _ in rows)
+        shares = self.shares or tuple(weight / whole for weight, _ in rows)
         return {
-            layer: np.asarray(sum(weight / whole * applied[layer] for weight, applied in rows)) for layer in rows[0][1]
+            layer: np.asarray(sum(share * applied[layer] for share, (_, applied) in zip(shares, rows, strict=True)))
+            for layer in rows[0][1]
         }
 
     def errors(self, round_: int) -> list[float]:
@@ -87,6 +91,7 @@ SETTINGS: dict[str, Any] = {
     "rounds.deadline_s": 600.0,
     "evaluation.local_only": False,
     "evaluation.prompt": "",
+    "strategy.max_weight_share": 1.0,
     "transport.uplink": "fp32",
     "transport.downlink": "fp32",
 }
@@ -135,6 +140,16 @@ def test_what_sites_apply_is_the_weighted_mean_of_what_they_applied(name: str, m
         assert outcome.measurements(round_).get("discarded_energy", 0.0) < 1e-20
     first, second, _ = (site.trained[1][1] for site in outcome.sites)
     assert _norm({layer: first[layer] - second[layer] for layer in first}) > 0.01, "the sites learned different things"
+
+
+@pytest.mark.parametrize("name", ["fedex", "ffa-lora"])
+def test_weights_that_are_held_to_a_bound_are_those_of_the_ideal(name: str, home: Path) -> None:
+    """Three sites have about one, two and three sixths of the examples; none may count more than two fifths."""
+    found = run_twice(home, **{"strategy.name": name, "strategy.max_weight_share": 0.4})
+    outcome = replace(found, shares=(0.2, 0.4, 0.4))
+    for round_ in (1, 2):
+        assert max(outcome.errors(round_)) <= 1e-6
+        assert max(found.errors(round_)) > 1e-3, "by the examples alone it is another mean"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
-from client_app.training import DriftControl, TrainPlan, learning_rate_at, train
+from client_app.training import DriftControl, StepControl, TailPenalty, TrainPlan, learning_rate_at, train
 from fedllm import rng
 from fedllm.model.build import attach_adapter, layout_of, only_trainable, read_adapter, write_adapter
 from fedllm.model.initial import initial_arrays
@@ -47,13 +47,13 @@ def fresh(folder: Path) -> tuple[PeftModel, Arrays]:
     return model, start
 
 
-def trained(folder: Path, plan: TrainPlan, drift: DriftControl | None) -> Arrays:
+def trained(folder: Path, plan: TrainPlan, drift: StepControl | None) -> Arrays:
     model, _ = fresh(folder)
     layout = layout_of(model)
     with only_trainable(model, layout) as parameters:
         if drift:
             drift.begin(parameters)
-        train(model, iter([TEXTS] * plan.steps), plan, drift=drift)
+        train(model, iter([TEXTS] * plan.steps), plan, control=drift)
     return read_adapter(model, layout)
 
 
@@ -90,6 +90,46 @@ def test_fedprox_takes_the_gradient_of_the_written_objective(mu: float, folder: 
             assert parameter.grad is not None
             parameter.data -= learning_rate_at(step, PLAN) * parameter.grad
     assert_close(found, read_adapter(model, layout_of(model)), start)
+
+
+@pytest.mark.parametrize(("first", "strength"), [(3, 0.1), (1, 4.0)])
+def test_hetlora_takes_the_gradient_of_the_written_penalty(first: int, strength: float, folder: Path) -> None:
+    """Autograd of ``loss + lambda sum |B[:, q:]| |A[q:]|``, clipped and applied by hand."""
+    penalty = TailPenalty(first, strength)
+    found = trained(folder, PLAN, penalty)
+    model, start = fresh(folder)
+
+    def tail_of(parameters: dict[str, torch.nn.Parameter]) -> torch.Tensor:
+        downs = [name for name in parameters if ".lora_A." in name]
+        pairs = [(parameters[name.replace("lora_A", "lora_B")], parameters[name]) for name in downs]
+        assert pairs
+        return torch.stack([b[:, first:].norm() * a[first:].norm() for b, a in pairs]).sum()
+
+    with only_trainable(model, layout_of(model)) as parameters:
+        before = tail_of(parameters).item()
+        for step in range(PLAN.first_step, PLAN.first_step + PLAN.steps):
+            model.zero_grad()
+            (loss_of(model) + strength * tail_of(parameters)).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(list(parameters.values()), PLAN.max_grad_norm)
+            for parameter in parameters.values():
+                assert parameter.grad is not None
+                parameter.data -= learning_rate_at(step, PLAN) * parameter.grad
+        assert penalty.shrank == (tail_of(parameters).item() < before)
+        assert_close(found, read_adapter(model, layout_of(model)), start)
+
+
+def test_a_strong_penalty_shrinks_a_tail_and_one_of_zeros_gives_no_gradient_that_is_not_a_number(folder: Path) -> None:
+    strong = TailPenalty(2, 10.0)
+    trained(folder, PLAN, strong)
+    assert strong.shrank
+    model = attach_adapter(load_tiny(folder), LoraSpec(rank=4))  # B is zero, so its norm has no gradient
+    layout = layout_of(model)
+    with only_trainable(model, layout) as parameters:
+        fresh_tail = TailPenalty(2, 10.0)
+        fresh_tail.begin(parameters)
+        train(model, iter([TEXTS] * PLAN.steps), PLAN, control=fresh_tail)
+    assert not fresh_tail.shrank
+    assert all(np.isfinite(value).all() for value in read_adapter(model, layout).values())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

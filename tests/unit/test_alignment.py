@@ -102,6 +102,26 @@ def test_one_product_in_many_gauges_is_averaged_to_itself(round_: int) -> None:
     assert 0.45 < errors[0.5] < 0.7
 
 
+@pytest.mark.parametrize(
+    ("reference", "least", "most"), [("none's", 0.53, 0.63), ("one's", 0.38, 0.46), ("mean", 0.31, 0.39)]
+)
+def test_how_much_half_a_turn_leaves_depends_on_whose_gauge_the_reference_has(
+    reference: str, least: float, most: float
+) -> None:
+    """Means over twelve draws of six sites, rank 8: the reference in a gauge that no site has, in that of one of them, and
+    the mean of what they have, which is what a federation turns to after a round of plain averaging.
+    """
+    errors = []
+    for draw in range(12):
+        common = factors(draw)
+        sites = [turned(common, turn(100 * draw + one, proper=True)) for one in range(6)]
+        mean = {name: np.mean([site[name] for site in sites], axis=0) for name in (A, B)}
+        towards = arrays({"none's": common, "one's": sites[0], "mean": mean}[reference])
+        found = [aligned(arrays(site), towards, 0.5, 2) for site in sites]
+        errors.append(error_of_the_mean(found, common[B] @ common[A]))
+    assert least < np.mean(errors) < most
+
+
 def test_the_federation_runs_with_aligned_factors(tmp_path: Path) -> None:
     """Through the real loop: the first round is FedAvg's, the second is not."""
     found = {}

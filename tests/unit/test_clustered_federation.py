@@ -71,15 +71,17 @@ def last_state(folder: RunFolder) -> RunState:
 
 
 def alone(home: Path, group: int, num_rounds: int) -> Arrays:
-    """Plain float64: the federation of one planted group, after a first round that is the same for all."""
+    """Plain float64: the federation of one planted group, in which no site outweighs the others together."""
     sites = [site for site, planted in zip(members(home), PLANTED, strict=True) if planted == group]
     for site in sites:
         site.rate = 1 - (1 - site.step_size) ** site.num_steps
     state = {name: value.astype(np.float64) for name, value in initial_arrays(LAYOUT, 42).items()}
-    total = sum(site.num_examples for site in sites)
+    whole = sum(site.num_examples for site in sites)
+    weights = [min(site.num_examples, whole - site.num_examples if len(sites) > 2 else whole) for site in sites]
     for _ in range(num_rounds):
         for name in state:
-            mean = sum(site.num_examples / total * site.optimum[name].astype(np.float64) for site in sites)
+            rows = zip(weights, sites, strict=True)
+            mean = sum(weight / sum(weights) * site.optimum[name].astype(np.float64) for weight, site in rows)
             state[name] = state[name] + sites[0].rate * (mean - state[name])
     return {name: value.astype(np.float32) for name, value in state.items()}
 

@@ -99,7 +99,9 @@ def plain_fedbuff(
                 if task[0] < version and task[2] not in worked:
                     ask(task[2], version)
             clock += len(buffer) < size
-        weights = {site: members[site].num_examples for site in buffer}
+        claims = {site: members[site].num_examples for site in buffer}
+        others = {site: sum(claims.values()) - claim for site, claim in claims.items()}
+        weights = {site: min(claim, others[site]) if len(claims) > 2 else claim for site, claim in claims.items()}
         for name in state:
             step = sum(
                 weights[site]

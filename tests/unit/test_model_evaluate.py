@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,24 @@ def test_the_batch_size_hardly_matters(base: LoadedBase, batch_size: int) -> Non
     assert evaluate_loss(base.model, SEQUENCES, batch_size).loss_sum == pytest.approx(
         evaluate_loss(base.model, SEQUENCES, 1).loss_sum, rel=1e-6
     )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_sequence_is_exact_if_every_target_is_what_the_model_ranks_first(base: LoadedBase, batch_size: int) -> None:
+    """Sequences continued greedily, one token at a time, are exact; with the last token changed they are not."""
+    greedy, wrong = [], []
+    for seed, length in ((1, 6), (2, 9), (3, 4)):
+        ids = example(length, seed).input_ids.astype(np.int64)
+        with torch.no_grad():
+            for _ in range(4):
+                logits = base.model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits
+                ids = np.append(ids, int(logits[0, -1].argmax()))
+        other = np.append(ids[:-1], (ids[-1] + 1) % 320)
+        for rows, values in ((greedy, ids), (wrong, other)):
+            rows.append(replace(example(length + 4, seed, first_target=length), input_ids=values.astype(np.int32)))
+    assert evaluate_loss(base.model, greedy, batch_size).num_exact == 3
+    assert evaluate_loss(base.model, wrong, batch_size).num_exact == 0
+    assert evaluate_loss(base.model, [greedy[0], wrong[1], greedy[2]], batch_size).num_exact == 2
 
 
 def test_a_constant_model_has_the_loss_of_a_uniform_guess(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ SETTINGS: dict[str, Scalar] = {
     "rounds.min_sites": 7,
     "rounds.deadline_s": 120.0,
     "strategy.byzantine_sites": 2,
+    "strategy.max_weight_share": 0.2,
     "strategy.trim_fraction": 0.3,
     "transport.uplink": "delta|int8:64|zstd:3",
     "transport.downlink": "delta|int8:64|zstd:3",

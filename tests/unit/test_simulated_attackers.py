@@ -123,6 +123,23 @@ def test_a_backdoor_teaches_its_target_and_leaves_held_out_text_alone(home: Path
     assert held_out_losses(poisoned)[-1] < held_out_losses(honest)[0]
 
 
+def attack_success(folder: RunFolder) -> list[float | None]:
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return [row["attack_success"] for row in rows if row["event"] == "evaluation"]
+
+
+def test_how_often_a_backdoor_opens_is_told_round_by_round(
+    home: Path, honest: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert set(attack_success(honest)) == {None}
+    attack: dict[str, Scalar] = {"simulation.attack": "backdoor", "simulation.num_attackers": 3}
+    with caplog.at_level("INFO"):
+        found = attack_success(run(home, "told", **attack))
+    assert found[0] == 0.0
+    assert all(one is not None and 0 <= one <= 1 for one in found)
+    assert f"backdoor opens {found[-1]:.0%}" in caplog.text
+
+
 @pytest.mark.parametrize("attack", ["sign-flip", "backdoor"])
 def test_a_deployed_site_that_is_sent_an_attack_works_as_usual(home: Path, tmp_path: Path, attack: str) -> None:
     found = {}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from client_app.workplace import open_workplace
 from fedllm.config import read_run_config
-from fedllm.messages import Hello, Introduction
+from fedllm.messages import Hello, Introduction, TrainInstruction, TrainReport
+from fedllm.update import Arrays
 from tests.fake_federation import InProcessGrid, QuadraticSite
 from tests.unit.test_loop import events, params, run, sites
 
@@ -74,3 +76,35 @@ def test_an_update_of_another_rank_than_was_said_is_rejected_and_changes_no_bit(
     alone = run(tmp_path / "alone", InProcessGrid(sites(2)), num_rounds=1, **CHOICE)
     for name, value in params(alone).items():
         np.testing.assert_array_equal(params(folder)[name], value)
+
+
+class Pruning(Choosing):
+    """A site that says that it gives up components, and goes on handing in all."""
+
+    next_rank = 1
+
+    def report(self, instruction: TrainInstruction, state: Arrays, **changes: Any) -> TrainReport:
+        next_rank = self.next_rank if instruction.round == 1 else 0
+        return super().report(instruction, state, **{"next_rank": next_rank, **changes})
+
+
+@pytest.mark.parametrize(("strategy", "next_rank"), [("fedavg", 1), ("hetlora", 2), ("hetlora", 3)])
+def test_components_that_nobody_asked_to_give_up_are_refused(strategy: str, next_rank: int, tmp_path: Path) -> None:
+    site = Pruning("site-9", 9)
+    site.next_rank = next_rank
+    grid = InProcessGrid({**sites(2), 109: site})
+    folder = run(tmp_path, grid, num_rounds=1, **{**CHOICE, "strategy.name": strategy})
+    [rejected] = events(folder, "round")[0]["rejected"]
+    assert rejected["site"] == "site-9"
+    assert "gives up other components than its last ones" in rejected["reason"]
+
+
+def test_what_a_site_gave_up_it_cannot_hand_in_again(tmp_path: Path) -> None:
+    grid = InProcessGrid({**sites(2), 109: Pruning("site-9", 9)})
+    folder = run(tmp_path, grid, num_rounds=2, **{**CHOICE, "strategy.name": "hetlora"})
+    first, second = events(folder, "round")
+    assert first["sites"]["site-9"]["next_rank"] == 1
+    assert first["rejected"] == []
+    [rejected] = second["rejected"]
+    assert rejected["site"] == "site-9"
+    assert "layout" in rejected["reason"]
