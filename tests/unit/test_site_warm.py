@@ -77,4 +77,4 @@ def test_nonsense_is_said_and_harms_nobody(program: tuple[Path, psutil.Popen]) -
     finally:
         os.chdir(before)
     assert "usage: flwr-clientapp" in call(program[0], "--help").stdout
-    assert not program[1].children()
+    wait_for(lambda: not program[1].children())
