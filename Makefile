@@ -51,7 +51,7 @@ imports:
 
 # tests/conftest.py says how the tests are shared out.
 unit:
-	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 4 --no-loadscope-reorder
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 3 --no-loadscope-reorder
 
 test-slow: install  ## The long checks too
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m slow

@@ -60,8 +60,15 @@ class Deployment:
         """Return the processes in which a SuperNode runs a ClientApp now."""
         with suppress(psutil.NoSuchProcess):
             below = psutil.Process(self.nodes[node].pid).children(recursive=True)
-            return [child for child in below if "flwr-clientapp" in " ".join(child.cmdline())]
+            return [child for child in below if "flwr-clientapp" in _command(child)]
         return []
+
+
+def _command(process: psutil.Process) -> str:
+    """Return a process's command, empty if it has just ended; a ClientApp of an earlier message may not be reaped yet."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 @contextmanager
