@@ -111,9 +111,10 @@ def cuts(accepted: Mapping[str, Accepted]) -> tuple[Cut, ...]:
 def _weights(accepted: Mapping[str, Accepted]) -> dict[str, float]:
     """Return what the sites of one group weigh."""
     claims = {site: reply.claim for site, reply in accepted.items()}
-    configs = (reply.arriving.config for reply in accepted.values())
-    config = next(configs, None)
-    return bounded(claims, config.strategy.max_weight_share) if config and heeds_weights(config) else claims
+    if not accepted:
+        return claims
+    config = next(iter(accepted.values())).arriving.config
+    return bounded(claims, config.strategy.max_weight_share) if heeds_weights(config) else claims
 
 
 @contextmanager
