@@ -33,6 +33,13 @@ def test_every_file_is_as_the_specification_describes_it(path: Path):
     assert complaints(yaml.safe_load(path.read_text())) == []
 
 
+@each_file
+def test_no_file_needs_a_newer_compose_than_debians(path: Path):
+    known = {"version", "services", "networks", "volumes", "configs", "secrets"}
+    found = {key for key in yaml.safe_load(path.read_text()) if not key.startswith("x-")}
+    assert found <= known, "Compose 1.29 knows no others"
+
+
 def test_the_schema_refuses_what_is_wrong():
     content = yaml.safe_load(BASE.read_text())
     content["services"]["superlink"]["read-only"] = True
