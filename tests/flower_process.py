@@ -28,6 +28,8 @@ TOO_SLOW = (
 """What is said where a busy machine let the time pass that a start may take; it cannot be given more."""
 
 ATTEMPTS = 3
+RAY_LOGS = Path("/tmp/ray")
+SHOW_STACKS = "import faulthandler, signal; faulthandler.register(signal.SIGUSR1)"
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,10 @@ class Flower:
         try:
             return process.communicate(timeout=timeout_s)[0]
         except subprocess.TimeoutExpired:
+            stacks = self._stacks()
             process.kill()
-            raise AssertionError(f"flwr run took over {timeout_s} s:\n{process.communicate()[0]}") from None
+            output = process.communicate()[0]
+            raise AssertionError(f"flwr run took over {timeout_s} s:\n{output}\n{stacks}") from None
 
     def server_processes(self) -> list[psutil.Process]:
         """Return the processes that run a ServerApp (in simulation: and Ray's driver) under this home's SuperLink."""
@@ -125,6 +129,16 @@ class Flower:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
+    def _stacks(self) -> str:
+        """Return where the threads of Ray's workers are."""
+        workers = [process for process in self._descendants() if "ray::" in " ".join(_command(process))]
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.send_signal(signal.SIGUSR1)
+        time.sleep(2)
+        logs = [log for worker in workers for log in RAY_LOGS.glob(f"session_2*/logs/worker-*-{worker.pid}.err")]
+        return "\n".join(f"{log.name}:\n{log.read_text(errors='replace')[-20_000:]}" for log in logs)
+
     def _descendants(self) -> list[psutil.Process]:
         links = [process for process in psutil.process_iter() if self._is_superlink(process)]
         return [process for link in links for process in [link, *link.children(recursive=True)]]
@@ -148,8 +162,11 @@ def flower(folder: Path, **variables: str) -> Iterator[Flower]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+        "PYTHONPATH": str(folder / "stacks"),
         **variables,
     }
+    (folder / "stacks").mkdir(exist_ok=True)
+    (folder / "stacks" / "sitecustomize.py").write_text(SHOW_STACKS)
     home = Flower(folder, staged_app(folder), environment, port)
     try:
         yield home
