@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from flwr.app import Message as FlowerMessage
 from peft.tuners.lora import LoraLayer
 
 from client_app.workplace import open_workplace
-from fedllm.messages import Failure, Instruction, TrainReport
+from fedllm.messages import EvaluateReport, Failure, Instruction, TrainReport
 from fedllm.model.build import cached_base
 from fedllm.model.heads import Headed
 from fedllm.records import from_records
@@ -29,12 +29,15 @@ class ObservedSite:
 
     Attributes:
         node_config: As a SuperNode has it.
-        trained: What it applied at the end of each round's training, with its number of examples.
-        evaluated: What it applied when it evaluated the state after each round.
+        rounds: The rounds that are noted, None for all. What a site applies takes eight bytes for every weight of its base
+            that is adapted.
+        trained: What it applied at the end of a round's training, with its number of examples, by round.
+        evaluated: What it applied when it evaluated the state after a round, by round.
         failures: What it could not do.
     """
 
     node_config: Mapping[str, object]
+    rounds: Container[int] | None = None
     trained: dict[int, tuple[float, Update]] = field(default_factory=dict)
     evaluated: dict[int, Update] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
@@ -46,11 +49,14 @@ class ObservedSite:
         assert isinstance(instruction, Instruction)
         if isinstance(reply, Failure):
             self.failures.append(reply)
-        elif isinstance(reply, TrainReport):
+        elif isinstance(reply, TrainReport) and self._is_noted(reply.round):
             self.trained[reply.round] = float(reply.num_examples), self._applied(instruction)
-        elif reply.kind == "evaluated":
+        elif isinstance(reply, EvaluateReport) and self._is_noted(reply.round):
             self.evaluated[reply.round] = self._applied(instruction)
         return answer
+
+    def _is_noted(self, round_: int) -> bool:
+        return self.rounds is None or round_ in self.rounds
 
     def _applied(self, instruction: Instruction) -> Update:
         place, spec = open_workplace(self.node_config, instruction), instruction.read_config().model
@@ -59,9 +65,11 @@ class ObservedSite:
         return {name: _product(module) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def observed_sites(count: int = 3) -> dict[int, ObservedSite]:
-    """Return sites as Flower's simulation has them."""
-    return {100 + index: ObservedSite({"partition-id": index, "num-partitions": count}) for index in range(count)}
+def observed_sites(count: int = 3, rounds: Container[int] | None = None) -> dict[int, ObservedSite]:
+    """Return sites as Flower's simulation has them, by node; `rounds` are those that are noted, None for all."""
+    return {
+        100 + index: ObservedSite({"partition-id": index, "num-partitions": count}, rounds) for index in range(count)
+    }
 
 
 def _product(layer: Any) -> Dense:

@@ -14,13 +14,13 @@ from typing import Any
 
 from flwr.supercore.task_identity import TaskIdentity
 
-from benchmarks.strategies.observed import ObservedSite, exactness_error
+from benchmarks.strategies.observed import exactness_error
 from benchmarks.strategies.task import flat
 from fedllm.config import RunConfig, Scalar
 from fedllm.runs import read_metrics
+from tests.observed_sites import ObservedSite, observed_sites
 
 REPOSITORY = Path(__file__).parents[2]
-FIRST_NODE = 100
 ENDING_S = 600.0
 """Seconds in which a server ends after its last word."""
 
@@ -73,7 +73,7 @@ def federate(config: RunConfig, num_sites: int) -> Federated:
         RuntimeError: It did not finish; what the server said is in the message.
     """
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1  # Flower's messages cannot do without
-    sites = {FIRST_NODE + i: ObservedSite({"partition-id": i, "num-partitions": num_sites}) for i in range(num_sites)}
+    sites = observed_sites(num_sites, rounds={config.num_rounds})
     with tempfile.TemporaryDirectory() as home:
         settings: dict[str, Scalar] = {**flat(config), "name": "benchmark", "home": home}
         peak = _served(settings, sites, Path(home) / "server.log")

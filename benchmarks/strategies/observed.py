@@ -1,65 +1,15 @@
-"""Real sites that note what their adapters apply, so that an aggregate can be held against what it should be."""
+"""How far an aggregate is from what it should be, by what the sites' models really apply."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from flwr.app import Message
-from numpy.typing import NDArray
-from peft.tuners.lora import LoraLayer
 
-from client_app.workplace import open_workplace
-from fedllm.messages import EvaluateReport, Failure, Instruction, TrainReport
-from fedllm.model.build import cached_base
-from fedllm.records import from_records
-from tests.site_handlers import real_site
-
-Applied = dict[str, NDArray[np.float64]]
-"""What an adapter adds to each layer's weight, [O, I] by layer; empty where it adds nothing to weights."""
+from tests.observed_sites import ObservedSite, Update
 
 ALIKE = 1e-5
 """Relative difference up to which two sites apply the same."""
-
-
-@dataclass
-class ObservedSite:
-    """One site of several.
-
-    Attributes:
-        node_config: As a SuperNode has it.
-        trained: What it applied at the end of its last training, with its number of examples and the round.
-        evaluated: What it applied in its last evaluation, with the round.
-        failures: What it could not do.
-    """
-
-    node_config: Mapping[str, object]
-    trained: tuple[int, float, Applied] = (0, 0.0, {})
-    evaluated: tuple[int, Applied] = (0, {})
-    failures: list[Failure] = field(default_factory=list)
-
-    def __call__(self, message: Message) -> Message:
-        """Let the site answer, and look at its model."""
-        answer = real_site(self.node_config)(message)
-        [instruction, _], [reply, _] = (from_records(one.content, "a message") for one in (message, answer))
-        assert isinstance(instruction, Instruction)
-        if isinstance(reply, Failure):
-            self.failures.append(reply)
-        elif isinstance(reply, TrainReport):
-            self.trained = reply.round, float(reply.num_examples), self._applied(instruction)
-        elif isinstance(reply, EvaluateReport):
-            self.evaluated = reply.round, self._applied(instruction)
-        return answer
-
-    def _applied(self, instruction: Instruction) -> Applied:
-        place, spec = open_workplace(self.node_config, instruction), instruction.read_config().model
-        model = cached_base(spec, home=place.home, cache_dir=place.cache_dir, device=place.device).attached.model
-        assert model is not None, "the site has just used it"
-        return {name: _product(module) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def exactness_error(sites: Sequence[ObservedSite], round_: int) -> float | None:
@@ -69,32 +19,19 @@ def exactness_error(sites: Sequence[ObservedSite], round_: int) -> float | None:
     to compare: sites apply adapters of their own, or adapters that are no change of weights, or did not all train in the
     last round, as where the server does not wait for all.
     """
-    trained = [site.trained for site in sites]
-    found = [site.evaluated for site in sites]
-    if {one[0] for one in trained} != {round_} or {one[0] for one in found} != {round_}:
+    if any(round_ not in site.trained or round_ not in site.evaluated for site in sites):
         return None
-    if not found[0][1] or any(_distance(one[1], found[0][1]) > ALIKE * _norm(found[0][1]) for one in found):
+    trained, found = [site.trained[round_] for site in sites], [site.evaluated[round_] for site in sites]
+    if not found[0] or any(_distance(one, found[0]) > ALIKE * _norm(found[0]) for one in found):
         return None
-    whole = sum(weight for _, weight, _ in trained)
-    ideal = {
-        name: np.asarray(sum(weight / whole * applied[name] for _, weight, applied in trained)) for name in found[0][1]
-    }
-    return _distance(found[0][1], ideal) / _norm(ideal)
+    whole = sum(weight for weight, _ in trained)
+    ideal = {name: np.asarray(sum(weight / whole * applied[name] for weight, applied in trained)) for name in found[0]}
+    return _distance(found[0], ideal) / _norm(ideal)
 
 
-def _product(layer: Any) -> NDArray[np.float64]:
-    """Return what a layer's adapters make of the unit matrix, whatever they are made of, transposed to [O, I]."""
-    terms = []
-    for name in layer.active_adapters:
-        down, up = (copy.deepcopy(part[name]).double() for part in (layer.lora_A, layer.lora_B))
-        with torch.inference_mode():
-            terms.append(layer.scaling[name] * up(down(torch.eye(layer.in_features, dtype=torch.float64))).T)
-    return np.asarray(sum(terms))
-
-
-def _distance(one: Applied, other: Applied) -> float:
+def _distance(one: Update, other: Update) -> float:
     return _norm({name: value - other[name] for name, value in one.items()})
 
 
-def _norm(applied: Applied) -> float:
+def _norm(applied: Update) -> float:
     return float(np.sqrt(sum(np.sum(value**2) for value in applied.values())))
