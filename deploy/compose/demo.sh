@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # A federation of containers: provision it, bring it up, run it, show what came out, take it down.
-# Usage: deploy/compose/demo.sh [up|run|down|all]; NUM_ROUNDS and RUN_CONFIG change the run.
+# Usage: deploy/compose/demo.sh [up|run|down|all]; RUN_NAME, NUM_ROUNDS and RUN_CONFIG change the run.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${COMPOSE_DEMO:-$PWD/.compose-demo}
+name=${RUN_NAME:-compose-demo-$(date +%Y%m%d-%H%M%S)}
 user=$(id -u):$(id -g)
 [ "$user" = 0:0 ] && user=10001:10001
 compose=(docker-compose)
@@ -59,7 +60,7 @@ up() {
 }
 
 run() {
-    "${operator[@]}" flwr run /opt/app demo --stream --run-config "name=\"${RUN_NAME:-compose-demo}\" num_rounds=${NUM_ROUNDS:-1} \
+    "${operator[@]}" flwr run /opt/app demo --stream --run-config "name=\"$name\" num_rounds=${NUM_ROUNDS:-1} \
         transport.bind=\"0.0.0.0\" transport.insecure=true transport.advertise=\"gateway:8443\" \
         data.max_train_examples=16 data.max_holdout_examples=16 train.local_steps=4 train.learning_rate=3e-3 \
         evaluation.local_only=false ${RUN_CONFIG:-}"
@@ -77,7 +78,9 @@ case ${1:-all} in
         trap down EXIT
         up
         run
-        FEDLLM_HOME=$folder fedllm runs
+        export FEDLLM_HOME=$folder
+        deploy/finished.sh "$name"
+        fedllm runs
         docker image ls --format '{{.Repository}} {{.Size}}' | grep '^fedllm-\(server\|site\) '
         ;;
     *) sed -n 2,3p "$0" >&2; exit 2 ;;

@@ -29,7 +29,4 @@ trap stop_superlink EXIT
 
 flwr run . --stream --run-config "name=\"$name\" $settings" \
     --federation-config "num-supernodes=4 client-resources-num-cpus=1"
-fedllm runs --json | python -c '
-import json, sys
-status = {run["name"]: run["status"] for run in json.load(sys.stdin)}.get(sys.argv[1], "never started")
-sys.exit(None if status == "finished" else f"the demo did not finish: {status}")' "$name"
+deploy/finished.sh "$name"

@@ -74,6 +74,7 @@ def environment(folder: Path) -> dict[str, str]:
         "COMPOSE_DEMO": str(folder),
         "COMPOSE_PROJECT": PROJECT,
         "GATEWAY_ADDRESS": "127.0.0.1:18443",
+        "RUN_NAME": "compose-demo",
         "NUM_ROUNDS": "3",
     }
 
