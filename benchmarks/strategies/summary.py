@@ -132,6 +132,8 @@ token. Measured on {machine}.
   that its process held.
 - **Exactness**: how far what the sites apply after the last round is from the weighted mean of what they applied at the
   end of their training, relative to it, in float64 over all layers. Adaptive servers and robust rules do not mean to be
-  that mean; empty where sites apply adapters of their own, or prompts.
+  that mean; empty where sites apply adapters of their own, or prompts, or do not all train in the last round. `fedex`,
+  `flora` and `florist` err by what no longer fits into side factors of rank `adapter.side_rank` (64 here, where four sites'
+  products of three rounds have up to 96 components and more); every round's event says how much that is.
 - Runs are short: read differences that keep their sign over all seeds, and no others.{left_out}
 """
