@@ -9,6 +9,7 @@ from server_app.report.markup import Markup, el
 from server_app.report.scales import Plane, inner_ticks, tick_labels
 
 WIDTH, ROW, LEFT, RIGHT, TOP, BOTTOM = 760, 24, 150, 20, 44, 50
+LABEL = 80
 LEVELS = {"base_loss": "base", "local_only": "local only", "centralised": "centralised"}
 
 _STYLE = Markup(
@@ -49,7 +50,7 @@ def drawing(outcome: Mapping[str, Any]) -> Markup:
             for tick, text in zip(ticks, tick_labels(ticks), strict=True)
         ),
         el("text", "held-out loss, nats per token", x=plane.x((low + high) / 2), y=bottom + 38, text_anchor="middle"),
-        *(mark for name, value in levels.items() for mark in _level(plane, name, value, bottom)),
+        *(mark for name in levels for mark in _level(plane, name, levels, bottom)),
         *(mark for index, (name, result) in enumerate(ranked) for mark in _row(plane, index, name, result)),
         *_legend(),
         xmlns="http://www.w3.org/2000/svg",
@@ -71,11 +72,18 @@ def _span(ranked: list[tuple[str, Any]], levels: Mapping[str, float]) -> tuple[f
     return min(values), max(values)
 
 
-def _level(plane: Plane, name: str, value: float, bottom: float) -> Iterator[Markup]:
-    tip = el("title", f"{LEVELS[name]}: {value:.3f}")
+def _level(plane: Plane, name: str, levels: Mapping[str, float], bottom: float) -> Iterator[Markup]:
+    x, label = plane.x(levels[name]), LEVELS[name]
+    tip = el("title", f"{label}: {levels[name]:.3f}")
     kind = "base" if name == "base_loss" else name
-    yield el("line", tip, x1=plane.x(value), x2=plane.x(value), y1=float(TOP), y2=bottom, class_=f"level {kind}")
-    yield el("text", LEVELS[name], x=plane.x(value), y=TOP - 6.0, text_anchor="middle")
+    yield el("line", tip, x1=x, x2=x, y1=float(TOP), y2=bottom, class_=f"level {kind}")
+    yield el("text", label, x=x, y=TOP - 6.0, text_anchor=_anchor(x, [plane.x(levels[o]) for o in levels if o != name]))
+
+
+def _anchor(x: float, others: list[float]) -> str:
+    """Return on which side of a line its label stands, so that it stays clear of the labels of lines nearby."""
+    near = [other for other in others if abs(other - x) < LABEL]
+    return "middle" if not near else "end" if x < min(near) else "start"
 
 
 def _row(plane: Plane, index: int, name: str, result: Mapping[str, Any]) -> Iterator[Markup]:
