@@ -17,7 +17,7 @@ LANES = {
 }
 """Files with federations of their own: those of one lane run one after the other, in one process.
 
-They take minutes and mostly wait, so they begin first and the other tests fill the cores meanwhile. The third lane is short:
+They take minutes and mostly wait, so they begin first and the other tests fill the cores meanwhile. The third is short:
 more than two federations at a time are many for two cores.
 """
 
