@@ -71,7 +71,7 @@ class Flower:
         )
 
     def run(
-        self, config: Mapping[str, object], num_sites: int, timeout_s: float = 300, *, cpus_per_site: int = 2
+        self, config: Mapping[str, object], num_sites: int, timeout_s: float = 540, *, cpus_per_site: int = 2
     ) -> str:
         """Call `flwr run --stream`, wait for its end, and return what it printed; again where a start took too long."""
         for _ in range(ATTEMPTS - 1):
