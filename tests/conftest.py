@@ -17,8 +17,8 @@ LANES = {
 }
 """Files with federations of their own: those of one lane run one after the other, in one process.
 
-They take minutes and mostly wait, so they begin first and the other tests fill the cores meanwhile. More than two federations
-at a time are too many for two cores: with three lanes the whole took longer, and single federations four times as long.
+They take minutes and mostly wait, so they begin first and the other tests fill the cores meanwhile. More than two at a time
+are too many for two cores: with three lanes the whole took longer, and single federations up to four times as long.
 """
 
 
