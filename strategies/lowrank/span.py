@@ -3,7 +3,9 @@
 Cholesky QR, done twice: with `L L^T = X^T X` the columns of `Y = X L^-T` are orthonormal but for an error that grows with
 the square of X's condition number; a second step of the same kind leaves rounding error only (Yamamoto, Nakatsukasa,
 Yanagisawa, Fukaya, "Roundoff Error Analysis of the CholeskyQR2 Algorithm", ETNA 44, 2015). It is all matrix products, which
-makes it three to four times as fast as LAPACK's Householder QR: 4096 x 688 in 0.3 s against 1.3 s on two cores.
+makes it several times as fast as LAPACK's Householder QR. The triangle is inverted, since NumPy has no triangular solver and
+its general one takes twice as long as inverse and product; what that loses grows with the condition number, which the check
+of the first step bounds by 2e6, so it stays below 1e-9 of the matrix.
 
 Where the columns are too close to dependent for that, which the first step shows, Householder's QR takes over. Columns are
 scaled to length 1 before, so that only their directions count, and columns of zeros, such as those of side factors that
@@ -94,7 +96,7 @@ def _by_cholesky(columns: Matrix) -> tuple[tuple[Matrix, ...], Matrix] | None:
     """Return the basis in factors and the coordinates [M, M], None where columns are too close to dependent."""
     try:
         first = np.linalg.cholesky(columns.T @ columns)
-        nearly = np.linalg.solve(first, columns.T).T
+        nearly = columns @ np.linalg.inv(first).T
         gram = nearly.T @ nearly
         if not np.abs(gram - np.eye(len(gram))).max(initial=0.0) < _NEARLY_ORTHONORMAL:
             return None
