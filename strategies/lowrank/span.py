@@ -3,9 +3,9 @@
 Cholesky QR, done twice: with `L L^T = X^T X` the columns of `Y = X L^-T` are orthonormal but for an error that grows with
 the square of X's condition number; a second step of the same kind leaves rounding error only (Yamamoto, Nakatsukasa,
 Yanagisawa, Fukaya, "Roundoff Error Analysis of the CholeskyQR2 Algorithm", ETNA 44, 2015). It is all matrix products, which
-makes it several times as fast as LAPACK's Householder QR. The triangle is inverted, since NumPy has no triangular solver and
-its general one takes twice as long as inverse and product; what that loses grows with the condition number, which the check
-of the first step bounds by 2e6, so it stays below 1e-9 of the matrix.
+makes it several times as fast as LAPACK's Householder QR. The triangle is inverted, since NumPy has no triangular solver
+and its general one takes twice as long as inverse and product. What that loses grows with the condition number, which the
+check of the first step bounds by some 2e6, so it stays below 1e-9 of the matrix.
 
 Where the columns are too close to dependent for that, which the first step shows, Householder's QR takes over. Columns are
 scaled to length 1 before, so that only their directions count, and columns of zeros, such as those of side factors that
