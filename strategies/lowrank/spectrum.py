@@ -2,7 +2,7 @@
 
 With `Q_L R_L = qr(left)`, `Q_R R_R = qr(right^T)` (:mod:`strategies.lowrank.span`) and the small
 `U S V^T = svd(R_L R_R^T)`, the product's own singular value decomposition is `(Q_L U) S (Q_R V)^T`. Nothing of size [O, I]
-is formed: for O = I = 4096 and a summed rank of 512 this takes half a second, where a dense decomposition takes half a minute
+is formed: for O = I = 4096 and a summed rank of 512 this takes half a second, a dense decomposition half a minute
 (`python -m benchmarks.aggregation`). It is the kernel of FLoRIST (arXiv 2506.09199, which writes it with two more
 decompositions) and gives what FlexLoRA (arXiv 2402.11505) computes densely.
 
