@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -54,6 +55,13 @@ def make_tiny_model(folder: Path, *, seed: int = 0, tie_embeddings: bool = True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_counting(path: Path, count: int = 80) -> Path:
+    """Write questions with answers that the model learns within a few steps, one JSON object a line."""
+    rows = ({"prompt": f"Count to {number}.", "completion": f"Here are {number} numbers."} for number in range(count))
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
 def _make_tokenizer() -> PreTrainedTokenizerFast:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.flower_process import flower
-from tests.tiny_model import make_tiny_model
+from tests.tiny_model import make_tiny_model, write_counting
 
 
 def test_a_robust_rule_names_and_withstands_simulated_attackers(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model")
-    rows = [{"prompt": f"Count to {i}.", "completion": f"Here are {i} numbers."} for i in range(80)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_counting(tmp_path / "data.jsonl")
     settings = {
         "name": "attacked",
         "num_rounds": 2,

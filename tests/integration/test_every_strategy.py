@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import pytest
 
 from tests.contracts.test_recipes import CASES
 from tests.flower_process import Flower, flower
-from tests.tiny_model import make_tiny_model
+from tests.tiny_model import make_tiny_model, write_counting
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -18,8 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
     folder = tmp_path_factory.mktemp("every")
     make_tiny_model(folder / "model")
-    rows = [{"prompt": f"Count to {i}.", "completion": f"Here are {i} numbers."} for i in range(80)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_counting(folder / "data.jsonl")
     with flower(folder / "home", FEDLLM_CACHE=str(folder / "cache")) as started:
         yield started
 

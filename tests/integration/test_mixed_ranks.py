@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from fedllm.runs import RunFolder
 from server_app.checkpoint import load_latest
 from tests.bases import dense, load_tiny, logits_of
 from tests.flower_process import flower
-from tests.tiny_model import make_tiny_model
+from tests.tiny_model import make_tiny_model, write_counting
 
 IDS = [[5, 40, 200, 33, 7, 90, 12]]
 
@@ -24,8 +23,7 @@ IDS = [[5, 40, 200, 33, 7, 90, 12]]
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_sites_of_four_ranks_make_one_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_tiny_model(tmp_path / "tiny")
-    rows = [{"prompt": f"Count to {i}.", "completion": f"Here are {i} numbers."} for i in range(80)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_counting(tmp_path / "data.jsonl")
     settings = {
         "name": "mixed",
         "num_rounds": 2,

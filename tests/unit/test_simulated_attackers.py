@@ -21,7 +21,7 @@ from server_app.app import open_run, run_federation
 from server_app.checkpoint import load_latest
 from tests.fake_federation import Handler, InProcessGrid
 from tests.tiny_federation import real_site, tiny_sites
-from tests.tiny_model import make_tiny_model
+from tests.tiny_model import make_tiny_model, write_counting
 
 NUM_SITES = 4
 SETTINGS: dict[str, Scalar] = {
@@ -50,8 +50,7 @@ SETTINGS: dict[str, Scalar] = {
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     make_tiny_model(folder / "model")
-    rows = [{"prompt": f"Count to {i}.", "completion": f"Here are {i} numbers."} for i in range(64)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_counting(folder / "data.jsonl", count=64)
     return folder
 
 
