@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import blake3
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedllm.wire.client import UpdateClient
+from fedllm.wire.digest import digest_bytes
 from fedllm.wire.part import Receipt
 from fedllm.wire.server import UpdateServer
 from fedllm.wire.spool import Spool
@@ -33,7 +33,7 @@ def payload(path: Path, size: int, seed: int = 0) -> Receipt:
     """Write a file of incompressible bytes and return its receipt."""
     data = random.Random(seed).randbytes(size)
     path.write_bytes(data)
-    return Receipt(size, blake3.blake3(data).hexdigest())
+    return Receipt(size, digest_bytes(data))
 
 
 @dataclass

@@ -145,14 +145,17 @@ def _work(connection: Connection, folder: Path, megabytes: int, sites: list[str]
                 for site in sites
             }
             replies: dict[str, dict[str, Any]] = {site: done.result() for site, done in moving.items()}
-            connection.send(((started, time.monotonic()), replies))
+            ended = time.monotonic()
+            for site in sites:
+                (folder / site).unlink(missing_ok=True)
+            connection.send(((started, ended), replies))
 
 
 def _move(
     what: str, transport: StreamClientTransport, offer: Envelope, destination: Path, update: Path
 ) -> dict[str, Any]:
     if what == "fetch":
-        transport.fetch(offer, destination).unlink()
+        transport.fetch(offer, destination)
         return {}
     return dict(transport.push(offer, update).fields)
 

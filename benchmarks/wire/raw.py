@@ -3,7 +3,7 @@
 The server is asynchronous like ours, runs in a process of its own, and keeps nothing. Messages are plain bytes that lie
 ready in memory, a different one for every chunk (one sent again and again would never leave the processor's cache), so
 not even protobuf stands between the numbers and gRPC. A measurement spans connecting to the last byte, as for the update
-stream.
+stream. Tuned, both ends keep freed buffers as ours do (:mod:`fedllm.wire.memory`); else they are as gRPC leaves them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _processes = multiprocessing.get_context("spawn")
 
 
 @contextlib.contextmanager
-def raw_server() -> Iterator[str]:
+def raw_server(*, is_tuned: bool) -> Iterator[str]:
     """Run a bare server in another process; gives its address."""
     ours, theirs = _processes.Pipe()
-    server = _processes.Process(target=_serve, args=(theirs,), daemon=True)
+    server = _processes.Process(target=_serve, args=(theirs, is_tuned), daemon=True)
     server.start()
     try:
         yield f"127.0.0.1:{ours.recv()}"
@@ -41,8 +41,9 @@ def raw_server() -> Iterator[str]:
         server.join()
 
 
-def raw_fetch(address: str, num_chunks: int) -> Callable[[], None]:
+def raw_fetch(address: str, num_chunks: int, is_tuned: bool) -> Callable[[], None]:
     """Return what reads a stream of chunks and drops them."""
+    _prepare(is_tuned=is_tuned)
 
     def fetch() -> None:
         with grpc.insecure_channel(address, CLIENT_OPTIONS) as channel:
@@ -52,8 +53,9 @@ def raw_fetch(address: str, num_chunks: int) -> Callable[[], None]:
     return fetch
 
 
-def raw_push(address: str, num_chunks: int) -> Callable[[], None]:
+def raw_push(address: str, num_chunks: int, is_tuned: bool) -> Callable[[], None]:
     """Return what sends chunks that are in memory."""
+    _prepare(is_tuned=is_tuned)
     chunks = [os.urandom(CHUNK_BYTES) for _ in range(num_chunks)]
 
     def push() -> None:
@@ -89,12 +91,17 @@ def _timed(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, .
     times.put((start, time.monotonic()))
 
 
-def _serve(parent: Connection) -> None:
+def _prepare(*, is_tuned: bool) -> None:
+    if is_tuned:
+        keep_freed_buffers()
+
+
+def _serve(parent: Connection, is_tuned: bool) -> None:
+    _prepare(is_tuned=is_tuned)
     asyncio.run(_run(parent))
 
 
 async def _run(parent: Connection) -> None:
-    keep_freed_buffers()
     chunks = [os.urandom(CHUNK_BYTES) for _ in range(256)]
 
     async def fetch(request: bytes, context: Any) -> None:

@@ -13,7 +13,6 @@ from client_app.audit.log import FOLDER, AuditLog
 from client_app.site import SiteConfig
 from fedllm.errors import PolicyError
 from fedllm.messages import AnyMessage, EvaluateReport, Instruction, StateInstruction
-from fedllm.wire.digest import digest_file
 from fedllm.wire.transport import Envelope
 
 SETTINGS = (
@@ -78,8 +77,9 @@ class Notes:
     def sending(self, envelope: Envelope, payload: Path) -> None:
         """Write down that a payload leaves, before its first byte does."""
         to = {name: envelope.fields[name] for name in ("transport", "address", "port") if name in envelope.fields}
-        size, digest = payload.stat().st_size, digest_file(payload)
-        self._log.append("sending", **self._about, to=to, bytes=size, blake3=digest)
+        with payload.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._log.append("sending", **self._about, to=to, bytes=payload.stat().st_size, sha256=digest)
 
     def sent(self, reply: AnyMessage, back: Envelope | None) -> None:
         """Write down what is answered, before it is."""

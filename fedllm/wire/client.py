@@ -7,7 +7,7 @@ import glob
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from fedllm.wire import updates_pb2 as pb
 from fedllm.wire.digest import digest_file
 from fedllm.wire.files import clear_disk_errors
 from fedllm.wire.framing import READ_AHEAD, Framer, append_chunks, read_chunk
+from fedllm.wire.memory import keep_freed_buffers
 from fedllm.wire.methods import CLIENT_OPTIONS, PORT_KEY, Stub
 from fedllm.wire.part import Part, Receipt
 from fedllm.wire.patience import Patience, Watch
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 QUICK_CALL_S = 30.0
+MAX_CORRUPT = 4
+"""Times that a chunk may arrive with a wrong checksum and be asked for again; then it is wrong where it comes from."""
 NO_TICKET = "fedllm-no-ticket"
 LOOPBACK = ("127.", "localhost:", "[::1]:")
 
@@ -69,6 +72,7 @@ class UpdateClient:
         should_stop: Callable[[], bool] = lambda: False,
         progress: Progress = lambda _done, _whole: None,
     ) -> None:
+        keep_freed_buffers()
         self.address = address
         self._credentials = channel_credentials(tls, insecure=insecure)
         self._metadata = ((PORT_KEY, str(port)),) if port is not None else ()
@@ -104,13 +108,14 @@ class UpdateClient:
         self._confirm(ticket)
         return destination
 
-    def push(self, ticket: str, source: Path, announced: Receipt) -> None:
+    def push(self, ticket: str, source: Path, announced: Receipt, checksums: Sequence[int] = ()) -> None:
         """Deliver a file; on return the server has verified it and holds it in a file. The file stays the caller's.
 
         Args:
             ticket: Allows this push.
             source: The file; must not change meanwhile.
             announced: Its size and digest.
+            checksums: Those of its blocks, if they are known.
 
         Raises:
             TicketError: The server does not honour the ticket, or it allows fewer bytes.
@@ -123,7 +128,8 @@ class UpdateClient:
         if size != announced.size:
             raise _mismatch(source, announced, f"{size} bytes")
         patience = Patience(self._deadline_s, self._quiet_s, self._should_stop)
-        self._persist(patience, partial(self._push_once, _Sender(ticket, source, announced, self._progress), patience))
+        sender = _Sender(ticket, source, announced, checksums, self._progress)
+        self._persist(patience, partial(self._push_once, sender, patience))
 
     def probe(self, timeout_s: float = QUICK_CALL_S) -> None:
         """Present a ticket that nobody issued; return when the update server itself has refused it.
@@ -157,7 +163,8 @@ class UpdateClient:
             except (grpc.RpcError, grpc.FutureCancelledError, RefusedError) as error:
                 patience.check()
                 verdict = judge(error, self.address)
-                if not verdict.is_retryable:
+                is_spoiled = verdict.reason is Reason.CORRUPT and patience.num_failures == MAX_CORRUPT
+                if is_spoiled or not verdict.is_retryable:
                     raise verdict.error from error
                 logger.info("a transfer was interrupted and goes on: %s", verdict.error)
                 patience.pause(verdict.error)
@@ -254,10 +261,12 @@ def _mismatch(source: Path, announced: Receipt, found: str) -> CorruptPayloadErr
 class _Sender:
     """Reads a file into the messages of a push."""
 
-    def __init__(self, ticket: str, source: Path, announced: Receipt, progress: Progress) -> None:
+    def __init__(
+        self, ticket: str, source: Path, announced: Receipt, checksums: Sequence[int], progress: Progress
+    ) -> None:
         self.announcement = pb.Announcement(ticket=ticket, size=announced.size, digest=announced.digest)
         self.on_chunk: Callable[[], None] = lambda: None
-        self._source, self._announced, self._progress = source, announced, progress
+        self._source, self._announced, self._checksums, self._progress = source, announced, checksums, progress
         self._error: Exception | None = None
 
     def go_on_at(self, offset: int) -> bool:
@@ -287,7 +296,7 @@ class _Sender:
         framer = Framer(is_push=True)
         with self._source.open("rb", buffering=0) as file:
             while offset < self._announced.size:
-                message, num_bytes = framer.read(file.fileno(), offset, self._announced.size)
+                message, num_bytes = framer.read(file.fileno(), offset, self._announced.size, self._checksums)
                 yield message
                 offset += num_bytes
                 self.on_chunk()

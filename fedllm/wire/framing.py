@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import Message
@@ -19,7 +19,7 @@ from fedllm.wire.digest import CHUNK_BYTES, checksum
 from fedllm.wire.part import Part
 from fedllm.wire.status import Reason, RefusedError
 
-READ_AHEAD = 2
+READ_AHEAD = 4
 """Chunks of one stream that wait while as many are written or read. Handing several to a thread at a time saves a fifth of
 a receiver's work."""
 
@@ -49,30 +49,35 @@ class Framer:
         self._is_push = is_push
         self._buffer = memoryview(bytearray(_HEAD_BYTES + CHUNK_BYTES))
 
-    def read(self, descriptor: int, offset: int, end: int) -> tuple[bytes, int]:
-        """Return the serialized message of the chunk from one offset to at most another, and the bytes of the file in it.
+    def read(self, descriptor: int, offset: int, end: int, checksums: Sequence[int] = ()) -> tuple[bytes, int]:
+        """Return the serialized message of the next chunk, which ends with its block, and the bytes of the file in it.
+
+        Args:
+            descriptor: The file.
+            offset: Where the chunk begins.
+            end: The file's size.
+            checksums: Those of the file's blocks, if they are known.
 
         Raises:
             OSError: The file cannot be read, or ends before the offset.
         """
-        return self._message(offset, os.preadv(descriptor, [self._room(end - offset)], offset))
-
-    def _room(self, num_bytes: int) -> memoryview:
-        return self._buffer[_HEAD_BYTES : _HEAD_BYTES + num_bytes]
-
-    def _message(self, offset: int, num_bytes: int) -> tuple[bytes, int]:
+        block, before = divmod(offset, CHUNK_BYTES)
+        room = self._buffer[_HEAD_BYTES : _HEAD_BYTES + min(CHUNK_BYTES - before, end - offset)]
+        num_bytes = os.preadv(descriptor, [room], offset)
         if not num_bytes:
             raise OSError(errno.EIO, "the file was cut while it was sent")
-        end = _HEAD_BYTES + num_bytes
-        head = self._head(offset, self._buffer[_HEAD_BYTES:end])
+        data = room[:num_bytes]
+        is_known = checksums and not before and num_bytes == len(room)
+        return self._message(offset, data, checksums[block] if is_known else checksum(data)), num_bytes
+
+    def _message(self, offset: int, data: memoryview, checksum_: int) -> bytes:
+        fields = pb.Chunk(offset=offset, checksum=checksum_).SerializeToString()
+        head = fields + _CHUNK_DATA + _varint(len(data))
+        if self._is_push:
+            head = _PUSH_CHUNK + _varint(len(head) + len(data)) + head
         start = _HEAD_BYTES - len(head)
         self._buffer[start:_HEAD_BYTES] = head
-        return bytes(self._buffer[start:end]), num_bytes
-
-    def _head(self, offset: int, data: memoryview) -> bytes:
-        fields = pb.Chunk(offset=offset, checksum=checksum(data)).SerializeToString()
-        head = fields + _CHUNK_DATA + _varint(len(data))
-        return _PUSH_CHUNK + _varint(len(head) + len(data)) + head if self._is_push else head
+        return bytes(self._buffer[start : _HEAD_BYTES + len(data)])
 
 
 def read_chunk(message: bytes | memoryview) -> Chunk:
@@ -114,7 +119,7 @@ def append_chunks(part: Part, chunks: Iterable[Chunk]) -> None:
             raise RefusedError(Reason.OUT_OF_STEP, f"The transfer goes on at byte {part.size}, not {chunk.offset}.")
         if checksum(chunk.data) != chunk.checksum:
             raise RefusedError(Reason.CORRUPT, f"The chunk at byte {chunk.offset} does not have its checksum.")
-        part.append(chunk.data)
+        part.append(chunk.data, chunk.checksum)
 
 
 def serialize(message: Message | bytes) -> bytes:

@@ -7,12 +7,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
-from blake3 import blake3
-
 from fedllm.errors import CorruptPayloadError, OversizedPayloadError, TransportError, explain
-from fedllm.wire.digest import CHUNK_BYTES, is_digest, new_digest
+from fedllm.wire.digest import CHUNK_BYTES, Digest, is_digest
 from fedllm.wire.files import clear_disk_errors
 
 
@@ -22,7 +21,7 @@ class Receipt:
 
     Attributes:
         size: Its bytes.
-        digest: BLAKE3, 64 hexadecimal digits.
+        digest: Its name, 32 hexadecimal digits (see :mod:`fedllm.wire.digest`).
 
     Raises:
         TransportError: The size is negative or the digest is none.
@@ -33,17 +32,16 @@ class Receipt:
 
     def __post_init__(self) -> None:
         if self.size < 0 or not is_digest(self.digest):
-            raise TransportError(explain("a payload is announced wrongly", expected="bytes and BLAKE3", found=self))
+            raise TransportError(explain("a payload is announced wrongly", expected="bytes and a digest", found=self))
 
     def __str__(self) -> str:
-        return f"{self.size} bytes, BLAKE3 {self.digest[:12]}…"
+        return f"{self.size} bytes, digest {self.digest[:12]}…"
 
 
 class Part:
     """A file that grows to an announced payload, from what an earlier part already held.
 
-    Writes are serialized, and after :meth:`close` all of them fail, so another thread can end a writer at any time. The
-    file is open only while it is written, so a writer that is dropped leaves nothing behind but its bytes.
+    Writes are serialized, and after :meth:`close` all of them fail, so another thread can end a writer at any time.
 
     Args:
         path: The file; need not exist.
@@ -56,7 +54,8 @@ class Part:
         self._deliver = deliver
         self._lock = threading.Lock()
         self._closed = False
-        self._digest: blake3 | None = None
+        self._digest: Digest | None = None
+        self._file: FileIO | None = None
         with clear_disk_errors(path):
             self._size = path.stat().st_size if path.exists() else 0
         if self._size > announced.size:
@@ -83,8 +82,12 @@ class Part:
         """Tell whether writing has ended."""
         return self._closed
 
-    def append(self, chunk: bytes | memoryview) -> None:
+    def append(self, chunk: bytes | memoryview, known: int | None = None) -> None:
         """Write the next bytes.
+
+        Args:
+            chunk: The bytes.
+            known: Their checksum, if it has been computed.
 
         Raises:
             OversizedPayloadError: More bytes than announced; nothing of the chunk is kept.
@@ -98,12 +101,13 @@ class Part:
                 )
             digest = self._digest_of_held()
             self._write(chunk)
-            digest.update(chunk)
+            digest.update(chunk, known)
             self._size += len(chunk)
 
     def rewind(self) -> None:
         """Forget what is held and begin at the first byte."""
         with self._writing():
+            self._close_file()
             self.path.unlink(missing_ok=True)
             self._digest, self._size = None, 0
 
@@ -121,6 +125,7 @@ class Part:
                 )
             found = self._digest_of_held().hexdigest()
             self._closed = True
+            self._close_file()
             if found != self.announced.digest:
                 self.path.unlink(missing_ok=True)
                 raise CorruptPayloadError(
@@ -133,6 +138,7 @@ class Part:
         """Stop writing and keep what is held. Closing twice does nothing."""
         with self._lock:
             self._closed = True
+            self._close_file()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -141,10 +147,10 @@ class Part:
                 raise TransportError(explain("a transfer was superseded or its round closed", where=self.path.name))
             yield
 
-    def _digest_of_held(self) -> blake3:
+    def _digest_of_held(self) -> Digest:
         """Return the running hash; after a restart it is computed once from the file."""
         if self._digest is None:
-            self._digest = new_digest()
+            self._digest = Digest()
             if self._size:
                 with self.path.open("rb") as file:
                     while chunk := file.read(CHUNK_BYTES):
@@ -153,7 +159,9 @@ class Part:
 
     def _write(self, chunk: bytes | memoryview) -> None:
         rest, end = memoryview(chunk), self._size
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600)
+        if self._file is None:
+            self._file = FileIO(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600), "wb")
+        descriptor = self._file.fileno()
         try:
             while rest:
                 written = os.pwrite(descriptor, rest, end)
@@ -162,5 +170,8 @@ class Part:
             with contextlib.suppress(OSError):
                 os.truncate(descriptor, self._size)
             raise
-        finally:
-            os.close(descriptor)
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

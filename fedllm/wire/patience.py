@@ -32,6 +32,7 @@ class Patience:
         self._deadline_s, self._quiet_s = deadline_s, quiet_s
         self._pause_s = FIRST_PAUSE_S
         self._failing_since: float | None = None
+        self._num_failures = 0
         self.should_stop = should_stop
 
     @property
@@ -39,9 +40,14 @@ class Patience:
         """Seconds until the deadline, never negative."""
         return max(0.0, self._ends_at - time.monotonic())
 
+    @property
+    def num_failures(self) -> int:
+        """Failed attempts since bytes have last moved."""
+        return self._num_failures
+
     def progressed(self) -> None:
         """Note that bytes have moved: failures are counted afresh."""
-        self._failing_since = None
+        self._failing_since, self._num_failures = None, 0
         self._pause_s = FIRST_PAUSE_S
 
     def pause(self, error: FedLLMError) -> None:
@@ -57,6 +63,7 @@ class Patience:
         pause_s = _jitter.uniform(0.2, 1.0) * self._pause_s
         self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
         self._failing_since = self._failing_since or time.monotonic()
+        self._num_failures += 1
         wakes_at = time.monotonic() + pause_s
         if wakes_at > min(self._ends_at, self._failing_since + self._quiet_s):
             limit = f"{self._deadline_s:g} s in all, {self._quiet_s:g} s without progress"

@@ -15,10 +15,10 @@ import grpc.aio
 
 from fedllm.errors import TransportError, explain
 from fedllm.ports import free_ports, parse_ports
-from fedllm.wire.digest import digest_file
+from fedllm.wire.digest import survey_file
 from fedllm.wire.files import clear_disk_errors
 from fedllm.wire.ledger import Ledger
-from fedllm.wire.memory import keep_freed_buffers, return_freed_buffers
+from fedllm.wire.memory import keep_freed_buffers, return_freed_buffers, share_heaps
 from fedllm.wire.methods import SERVER_OPTIONS, handler
 from fedllm.wire.part import Receipt
 from fedllm.wire.rounds import Rounds
@@ -75,6 +75,7 @@ class UpdateServer:
         self._max_transfers, self._queue_s, self._stall_s = max_transfers, queue_s, stall_s
         self._ledger = Ledger(spool.folder)
         keep_freed_buffers()
+        share_heaps()
         self._published: dict[str, Published] = {}
         self._delivered = threading.Condition()
         self._stopped = False
@@ -121,8 +122,9 @@ class UpdateServer:
     def publish(self, state_id: str, path: Path) -> Receipt:
         """Make a file available to fetch tickets that name it. It stays the caller's and must not change."""
         with clear_disk_errors(path):
-            receipt = Receipt(path.stat().st_size, digest_file(path))
-        self._published[state_id] = Published(path, receipt)
+            digest, checksums = survey_file(path)
+            receipt = Receipt(path.stat().st_size, digest)
+        self._published[state_id] = Published(path, receipt, checksums)
         return receipt
 
     def published(self, state_id: str) -> Receipt:

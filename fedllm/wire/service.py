@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import RawIOBase
@@ -61,6 +61,7 @@ class Published:
 
     path: Path
     receipt: Receipt
+    checksums: Sequence[int]
 
 
 class _OfThread(threading.local):
@@ -137,20 +138,21 @@ class UpdateService:
         """Write chunks to the stream; the next ones are read from the disk while these are on their way."""
         size = state.receipt.size
         with clear_disk_errors(state.path), state.path.open("rb", buffering=0) as file:
-            reading = self._on_disk(self._read_chunks, file, offset, size)
-            while chunks := await reading:
-                start, offset = offset, offset + sum(num_bytes for _, num_bytes in chunks)
-                reading = self._on_disk(self._read_chunks, file, offset, size)
-                self._rounds.charge(ticket, offset - start, max(MAX_FETCHES * size, MIN_FETCH_BYTES))
-                for message, _ in chunks:
-                    async with self._patience():
+            reading = self._on_disk(self._read_chunks, file, offset, state)
+            async with self._patience() as moved:
+                while chunks := await reading:
+                    start, offset = offset, offset + sum(num_bytes for _, num_bytes in chunks)
+                    reading = self._on_disk(self._read_chunks, file, offset, state)
+                    self._rounds.charge(ticket, offset - start, max(MAX_FETCHES * size, MIN_FETCH_BYTES))
+                    for message, _ in chunks:
                         await context.write(message)
+                        moved()
 
-    def _read_chunks(self, file: RawIOBase, offset: int, size: int) -> list[tuple[bytes, int]]:
+    def _read_chunks(self, file: RawIOBase, offset: int, state: Published) -> list[tuple[bytes, int]]:
         """Return the next chunks' messages from an offset on, with the bytes of the file in each; none at the end."""
         chunks: list[tuple[bytes, int]] = []
-        while offset < size and len(chunks) < READ_AHEAD:
-            chunks.append(self._of_thread.framer.read(file.fileno(), offset, size))
+        while offset < state.receipt.size and len(chunks) < READ_AHEAD:
+            chunks.append(self._of_thread.framer.read(file.fileno(), offset, state.receipt.size, state.checksums))
             offset += chunks[-1][1]
         return chunks
 
@@ -169,7 +171,8 @@ class UpdateService:
         return pb.PushStatusReply(offset=self._spool.held(ticket.round_, ticket.site, announced), delivered=delivered)
 
     async def _push(self, context: Any) -> pb.Receipt:
-        message = await self._next(context)
+        async with self._patience():
+            message = await context.read()
         announcement = _read_announcement(b"" if message is _END else message)
         ticket = self._check(announcement.ticket, "push")
         announced = _announced(announcement, ticket)
@@ -194,11 +197,13 @@ class UpdateService:
             raise RefusedError(Reason.OUT_OF_STEP, f"The push goes on at byte {part.size}, not {offset}.")
         waiting: list[bytes] = []
         writing = self._on_disk(lambda: None)
-        while (message := await self._next(context)) is not _END:
-            waiting.append(message)
-            if writing.done() or len(waiting) == READ_AHEAD:
-                await writing
-                writing, waiting = self._on_disk(append_chunks, part, map(read_push, waiting)), []
+        async with self._patience() as moved:
+            while (message := await context.read()) is not _END:
+                moved()
+                waiting.append(message)
+                if writing.done() or len(waiting) == READ_AHEAD:
+                    await writing
+                    writing, waiting = self._on_disk(append_chunks, part, map(read_push, waiting)), []
         await writing
         await self._on_disk(append_chunks, part, map(read_push, waiting))
         if part.missing:
@@ -215,15 +220,13 @@ class UpdateService:
         self._rounds.admit(ticket)
         return ticket
 
-    async def _next(self, context: Any) -> Any:
-        async with self._patience():
-            return await context.read()
-
     @contextlib.asynccontextmanager
-    async def _patience(self) -> AsyncIterator[None]:
+    async def _patience(self) -> AsyncIterator[Callable[[], None]]:
+        """End what stands still; gives what is to be called whenever something has moved."""
+        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._stall_s):
-                yield
+            async with asyncio.timeout(self._stall_s) as limit:
+                yield lambda: limit.reschedule(loop.time() + self._stall_s)
         except TimeoutError:
             raise RefusedError(Reason.STALLED, f"Nothing moved for {self._stall_s:g} s.") from None
 

@@ -108,7 +108,8 @@ def judge(error: grpc.RpcError | grpc.FutureCancelledError | RefusedError, where
         where: The server's address.
     """
     if isinstance(error, RefusedError):
-        return Verdict(error, error.reason in _RETRYABLE_REASONS, error.reason)
+        kind = _ERRORS.get(error.reason)
+        return Verdict(kind(str(error)) if kind else error, error.reason in _RETRYABLE_REASONS, error.reason)
     if isinstance(error, grpc.FutureCancelledError):
         return Verdict(TransportError(explain("a transfer was cut off or stood still", where=where)), is_retryable=True)
     reason, details = _reason(error), error.details() or "no details"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedllm.errors import OversizedPayloadError, TransportError, explain
 from fedllm.wire.client import UpdateClient
-from fedllm.wire.digest import digest_file
+from fedllm.wire.digest import survey_file
 from fedllm.wire.files import clear_disk_errors
 from fedllm.wire.part import Receipt
 from fedllm.wire.server import UpdateServer
@@ -105,12 +105,13 @@ class StreamClientTransport:
         """Stream a file to the server and return its receipt."""
         limit = instruction.get("max-update-bytes", int)
         with clear_disk_errors(payload):
-            announced = Receipt(payload.stat().st_size, digest_file(payload))
+            digest, checksums = survey_file(payload)
+            announced = Receipt(payload.stat().st_size, digest)
         if announced.size > limit:
             raise OversizedPayloadError(
                 explain("an update is too large", expected=f"at most {limit} bytes", found=announced.size)
             )
-        self._client(instruction).push(instruction.get("push-ticket", str), payload, announced)
+        self._client(instruction).push(instruction.get("push-ticket", str), payload, announced, checksums)
         return Envelope({"transport": KIND, "size": announced.size, "digest": announced.digest})
 
     def _client(self, instruction: Envelope) -> UpdateClient:

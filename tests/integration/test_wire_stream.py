@@ -395,7 +395,7 @@ def test_bad_bytes_left_by_an_earlier_fetch_are_thrown_away(site: Site):
     receipt = payload(source, 3 * MIB)
     site.server.publish("state", source)
     (site.folder / f"back.{receipt.digest}.part").write_bytes(b"x" * MIB)
-    (site.folder / f"back.{'0' * 64}.part").write_bytes(b"of another state")
+    (site.folder / f"back.{'0' * 32}.part").write_bytes(b"of another state")
     ticket = site.ticket("fetch", state_id="state")
     back = site.client().fetch(ticket, site.folder / "back", receipt)
     assert back.read_bytes() == source.read_bytes()

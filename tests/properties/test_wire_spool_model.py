@@ -7,12 +7,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import blake3
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from fedllm.errors import CorruptPayloadError, TransportError
+from fedllm.wire.digest import digest_bytes
 from fedllm.wire.part import Part, Receipt
 from fedllm.wire.spool import Spool
 
@@ -24,7 +24,7 @@ payloads = st.sampled_from(PAYLOADS)
 
 
 def receipt_of(data: bytes) -> Receipt:
-    return Receipt(len(data), blake3.blake3(data).hexdigest())
+    return Receipt(len(data), digest_bytes(data))
 
 
 class SpoolMachine(RuleBasedStateMachine):

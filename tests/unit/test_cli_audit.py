@@ -44,7 +44,7 @@ def test_the_log_is_shown_in_readable_lines_and_ends_with_its_last_hash(
     assert "received" in first
     assert "study-7 train round 3; 8; 4 sites" in first
     assert "sending" in second
-    assert "2.05 kB over grpc to server; blake3 " in second
+    assert "2.05 kB over grpc to server; sha256 " in second
     assert "evaluated; score.accuracy 0.5; score.loss 1.25; score.num_examples 10; score.num_tokens 100" in third
     assert "refused" in fourth
     assert "PolicyError: not here" in fourth

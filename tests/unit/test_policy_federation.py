@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,9 @@ def _check_log(home: Path, numbers: dict[str, float]) -> None:
     assert received["app"] == "fedllm/fedllm"
     assert sent["numbers"]["loss"] == numbers["loss"]
     assert sent["numbers"]["num_examples"] == numbers["weight"]
-    assert sent["payload"] == {"size": sending["bytes"], "digest": sending["blake3"]}
+    assert sent["payload"]["size"] == sending["bytes"]
+    updates = [path.read_bytes() for path in home.rglob("round-00001.update")]
+    assert sending["sha256"] in {sha256(update).hexdigest() for update in updates}
     assert sending["bytes"] > 0
     assert "max_rounds_per_run" in refused["reason"]
     assert records[0]["kind"] == "hello"

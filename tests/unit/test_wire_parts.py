@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import resource
 import subprocess
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import grpc
 import pytest
+import xxhash
 
 from fedllm.errors import CancelledError, ConfigError, CorruptPayloadError, OversizedPayloadError, TransportError
 from fedllm.ports import free_ports, parse_ports
 from fedllm.wire import generate
-from fedllm.wire.digest import digest_bytes, digest_file
+from fedllm.wire.digest import CHUNK_BYTES, Digest, checksum, digest_bytes, digest_file, survey_file
 from fedllm.wire.ledger import Ledger
 from fedllm.wire.part import Part, Receipt
 from fedllm.wire.patience import Patience
@@ -40,13 +42,29 @@ def test_the_generated_module_does_not_ask_for_one_version_of_protobuf():
     assert "runtime_version" not in generate.GENERATED[0].read_text()
 
 
-def test_a_digest_is_plain_blake3(tmp_path: Path):
-    (tmp_path / "file").write_bytes(b"abc")
-    known = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
-    assert digest_bytes(b"abc") == digest_file(tmp_path / "file") == known
+@pytest.mark.parametrize("size", [0, 3, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES])
+def test_a_digest_is_of_the_checksums_of_the_blocks(size: int, tmp_path: Path):
+    data = random.Random(size).randbytes(size)
+    (tmp_path / "file").write_bytes(data)
+    blocks = [data[start : start + CHUNK_BYTES] for start in range(0, size, CHUNK_BYTES)]
+    known = xxhash.xxh3_128(b"".join(xxhash.xxh3_64_digest(block) for block in blocks)).hexdigest()
+    assert digest_bytes(data) == digest_file(tmp_path / "file") == known
+    assert survey_file(tmp_path / "file") == (known, [checksum(block) for block in blocks])
 
 
-@pytest.mark.parametrize(("size", "digest"), [(-1, "0" * 64), (1, ""), (1, "0" * 63), (1, "G" * 64), (1, "A" * 64)])
+def test_a_digest_does_not_depend_on_the_pieces():
+    source = random.Random(1)
+    data = source.randbytes(2 * CHUNK_BYTES + 77)
+    for _ in range(20):
+        digest, start = Digest(), 0
+        while start < len(data):
+            piece = data[start : start + source.choice([1000, CHUNK_BYTES, 2 * CHUNK_BYTES, 300_000])]
+            digest.update(piece, checksum(piece) if source.random() < 0.5 else None)
+            start += len(piece)
+        assert digest.hexdigest() == digest_bytes(data)
+
+
+@pytest.mark.parametrize(("size", "digest"), [(-1, "0" * 32), (1, ""), (1, "0" * 31), (1, "G" * 32), (1, "A" * 32)])
 def test_a_receipt_that_names_nothing_is_refused(size: int, digest: str):
     with pytest.raises(TransportError, match="announced wrongly"):
         Receipt(size, digest)
@@ -65,10 +83,10 @@ def _never(_: Path) -> None:
 
 
 def test_a_part_takes_no_byte_more_than_announced(tmp_path: Path):
-    part = Part(tmp_path / "part", _receipt(b"abc"), _nowhere)
-    part.append(b"ab")
-    with pytest.raises(OversizedPayloadError, match="expected 3 bytes"):
-        part.append(b"cd")
+    with Part(tmp_path / "part", _receipt(b"abc"), _nowhere) as part:
+        part.append(b"ab")
+        with pytest.raises(OversizedPayloadError, match="expected 3 bytes"):
+            part.append(b"cd")
     assert part.size == 2
     assert (tmp_path / "part").read_bytes() == b"ab"
 
@@ -99,8 +117,10 @@ def test_a_closed_part_cannot_be_written_or_finished(tmp_path: Path):
 
 def test_a_full_disk_is_named(tmp_path: Path):
     (tmp_path / "part").symlink_to("/dev/full")
-    part = Part(tmp_path / "part", _receipt(b"abc"), _nowhere)
-    with pytest.raises(TransportError, match=r"the disk is full.*No space left.*Free disk space") as caught:
+    with (
+        Part(tmp_path / "part", _receipt(b"abc"), _nowhere) as part,
+        pytest.raises(TransportError, match=r"the disk is full.*No space left.*Free disk space") as caught,
+    ):
         part.append(b"abc")
     assert isinstance(caught.value.__cause__, OSError)
     assert part.size == 0
@@ -142,7 +162,7 @@ def test_a_spool_keeps_within_its_bound(tmp_path: Path):
 
 def test_a_spool_refuses_what_the_disk_cannot_hold(tmp_path: Path):
     with pytest.raises(TransportError, match="no room"):
-        Spool(tmp_path).begin(1, "a", Receipt(1 << 60, "0" * 64))
+        Spool(tmp_path).begin(1, "a", Receipt(1 << 60, "0" * 32))
 
 
 def test_a_new_announcement_discards_the_part_of_the_old_one_and_of_nobody_else(tmp_path: Path):

@@ -96,7 +96,7 @@ def _details(record: Any) -> Iterable[str]:
             to = record.get("to", {})
             address = f" to {clean(str(to['address']))}" if "address" in to else ""
             yield f"{human_bytes(record['bytes'])} over {clean(str(to.get('transport')))}{address}"
-            yield f"blake3 {record['blake3'][:16]}"
+            yield f"sha256 {record['sha256'][:16]}"
         case "sent":
             yield clean(str(record.get("answer")))
             yield from (f"{name} {_number(value)}" for name, value in _flat(record.get("numbers", {})))
