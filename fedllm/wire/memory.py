@@ -21,7 +21,8 @@ def keep_freed_buffers() -> bool:
 
     By default glibc gives a buffer of the size of a chunk back to the system as soon as it is freed, and the system clears
     its pages anew for the next chunk: a third of the work of sending a file, a tenth of receiving it. The setting holds for
-    the whole process. At a site, too: what training allocates is either much smaller or much larger, and 16 MiB are kept.
+    the whole process. At a site, too: 16 MiB are little beside a model, and glibc itself raises both bounds as far when
+    larger buffers are freed.
     """
     library = _glibc()
     return library is not None and all(
