@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from flwr.app import Message as FlowerMessage
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from fedllm.errors import TransportError
 from fedllm.messages import AnyMessage, Failure, Instruction
@@ -29,6 +30,10 @@ POLL_S = 0.25
 AWAY_S = 90.0
 """Seconds for which a message waits for a node that is away: a SuperNode that was killed is let in again once its last
 heartbeat has lapsed, after a minute at most, and starts anew."""
+
+MAX_SENDS = 3
+"""Times that messages are sent to the SuperLink. One that is started anew has forgotten what it had half of; a site that
+got its message all the same does the work once and answers twice."""
 
 _TYPES = {
     "hello": "query",
@@ -115,14 +120,20 @@ class Exchange:
         """
         if not instructions:
             return {}
-        nodes = list(instructions)
-        messages = [
-            FlowerMessage(to_records(*instructions[node]), node, _TYPES[_kind(instructions[node][0])], group_id=group)
-            for node in nodes
-        ]
-        ids = list(self._grid.push_messages(messages))
-        if len(ids) != len(nodes):
-            log.warning("Flower took %d of %d messages; the other nodes are gone", len(ids), len(nodes))
+        for attempt in range(MAX_SENDS):
+            messages = [
+                FlowerMessage(to_records(*instruction), node, _TYPES[_kind(instruction[0])], group_id=group)
+                for node, instruction in instructions.items()
+            ]
+            try:
+                ids = list(self._grid.push_messages(messages))
+                break
+            except ObjectPushError as error:
+                if attempt == MAX_SENDS - 1:
+                    raise
+                log.warning("messages were lost on their way to the SuperLink and are sent again: %s", error)
+        if len(ids) != len(messages):
+            log.warning("Flower took %d of %d messages; the other nodes are gone", len(ids), len(messages))
         by_id = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
         return {id_: by_id[id_] for id_ in ids if id_ in by_id}
 

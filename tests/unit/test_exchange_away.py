@@ -1,4 +1,4 @@
-"""A site that goes away in a round is asked again when it is back, and not before."""
+"""A site that goes away in a round is asked again when it is back, and not before, as are all if the SuperLink forgot."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from flwr.app import Error
 from flwr.app import Message as FlowerMessage
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 import server_app.exchange
 from tests.fake_federation import InProcessGrid
@@ -16,6 +17,21 @@ from tests.unit.test_loop import events, run, sites
 
 QUIET = {"rounds.deadline_s": 60.0, "evaluation.local_only": False, "evaluation.prompt": "", "num_rounds": 1}
 AWAY = 101
+
+
+class StartedAnew(InProcessGrid):
+    """A SuperLink that forgets half-sent messages to train, so many times, as one does that is started anew."""
+
+    def __init__(self, num_times: int) -> None:
+        super().__init__(sites(3))
+        self.num_times = num_times
+
+    def push_messages(self, messages: Any) -> list[str]:
+        messages = list(messages)
+        if self.num_times and messages[0].metadata.message_type == "train":
+            self.num_times -= 1
+            raise ObjectPushError("an object", 1, "a session")
+        return super().push_messages(messages)
 
 
 class Forgetful(InProcessGrid):
@@ -73,3 +89,16 @@ def test_what_waits_for_a_node_when_a_round_closes_is_never_sent(tmp_path: Path)
     assert round_["rejected"] == [{"site": "site-1", "reason": "no reply before the round closed", "kind": "Silent"}]
     time.sleep(max(0.0, grid.left_at + 2.6 - time.monotonic()))
     assert grid.asked_while_away == 0
+
+
+def test_messages_that_the_superlink_forgot_are_sent_again(tmp_path: Path) -> None:
+    folder = run(tmp_path, StartedAnew(2), **QUIET)
+    [round_] = events(folder, "round")
+    assert round_["participants"] == ["site-0", "site-1", "site-2"]
+    assert round_["attempt"] == 1
+    assert folder.log.read_text().count("lost on their way to the SuperLink") == 2
+
+
+def test_a_superlink_that_always_forgets_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ObjectPushError):
+        run(tmp_path, StartedAnew(100), **QUIET)
