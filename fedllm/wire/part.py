@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 from fedllm.errors import CorruptPayloadError, OversizedPayloadError, TransportError, explain
@@ -55,7 +55,8 @@ class Part:
         self._lock = threading.Lock()
         self._closed = False
         self._digest: Digest | None = None
-        self._file: FileIO | None = None
+        self._descriptor = -1
+        self._closing: weakref.finalize[..., Part] | None = None
         with clear_disk_errors(path):
             self._size = path.stat().st_size if path.exists() else 0
         if self._size > announced.size:
@@ -159,9 +160,7 @@ class Part:
 
     def _write(self, chunk: bytes | memoryview) -> None:
         rest, end = memoryview(chunk), self._size
-        if self._file is None:
-            self._file = FileIO(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600), "wb")
-        descriptor = self._file.fileno()
+        descriptor = self._open_file()
         try:
             while rest:
                 written = os.pwrite(descriptor, rest, end)
@@ -171,7 +170,13 @@ class Part:
                 os.truncate(descriptor, self._size)
             raise
 
+    def _open_file(self) -> int:
+        """Return the file, opened by the first write and closed with the part, also where the part is just dropped."""
+        if self._closing is None or not self._closing.alive:
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600)
+            self._closing = weakref.finalize(self, os.close, self._descriptor)
+        return self._descriptor
+
     def _close_file(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._closing is not None:
+            self._closing()

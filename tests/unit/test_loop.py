@@ -371,7 +371,7 @@ def test_settings_of_a_resumed_run_that_have_no_effect_are_named(tmp_path: Path,
 
 
 TRANSPORTS = ["flower", "grpc"]
-LOSSY = {"transport.uplink": "delta|int8:8", "transport.downlink": "delta|int8:8"}
+LOSSY = {"transport.uplink": "delta|int8:8", "transport.downlink": "delta|int8:8", "rounds.deadline_s": 20.0}
 
 
 @pytest.mark.parametrize("kind", TRANSPORTS)
