@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 QUICK_CALL_S = 30.0
-MAX_CORRUPT = 4
-"""Times that a chunk may arrive with a wrong checksum and be asked for again; then it is wrong where it comes from."""
 NO_TICKET = "fedllm-no-ticket"
 LOOPBACK = ("127.", "localhost:", "[::1]:")
 
@@ -163,8 +161,7 @@ class UpdateClient:
             except (grpc.RpcError, grpc.FutureCancelledError, RefusedError) as error:
                 patience.check()
                 verdict = judge(error, self.address)
-                is_spoiled = verdict.reason is Reason.CORRUPT and patience.num_failures == MAX_CORRUPT
-                if is_spoiled or not verdict.is_retryable:
+                if not verdict.is_retryable:
                     raise verdict.error from error
                 logger.info("a transfer was interrupted and goes on: %s", verdict.error)
                 patience.pause(verdict.error)

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from fedllm.errors import CancelledError, FedLLMError, TransportError, explain
+from fedllm.errors import CancelledError, CorruptPayloadError, FedLLMError, TransportError, explain
 
 FIRST_PAUSE_S = 0.25
 MAX_PAUSE_S = 20.0
 POLL_S = 0.1
+MAX_CORRUPT = 4
+"""Times that a chunk may arrive with a wrong checksum and be asked for again; then it is wrong where it comes from."""
 
 _jitter = random.SystemRandom()
 """Not derived from the run's seed: no result depends on it, and equal pauses everywhere are what it has to prevent."""
@@ -32,7 +34,7 @@ class Patience:
         self._deadline_s, self._quiet_s = deadline_s, quiet_s
         self._pause_s = FIRST_PAUSE_S
         self._failing_since: float | None = None
-        self._num_failures = 0
+        self._num_corrupt = 0
         self.should_stop = should_stop
 
     @property
@@ -40,30 +42,27 @@ class Patience:
         """Seconds until the deadline, never negative."""
         return max(0.0, self._ends_at - time.monotonic())
 
-    @property
-    def num_failures(self) -> int:
-        """Failed attempts since bytes have last moved."""
-        return self._num_failures
-
     def progressed(self) -> None:
         """Note that bytes have moved: failures are counted afresh."""
-        self._failing_since, self._num_failures = None, 0
+        self._failing_since, self._num_corrupt = None, 0
         self._pause_s = FIRST_PAUSE_S
 
     def pause(self, error: FedLLMError) -> None:
         """Wait before the next attempt: exponentially longer, with full jitter.
 
         Args:
-            error: What the last attempt failed with; raised if there is no time for another.
+            error: What the last attempt failed with; raised if there is no time for another, or none is of use.
 
         Raises:
-            FedLLMError: The error, when the deadline or the time without progress is over.
+            FedLLMError: The error, when the deadline or the time without progress is over, or bytes were corrupt too often.
             CancelledError: The caller wants to stop.
         """
+        self._num_corrupt += isinstance(error, CorruptPayloadError)
+        if self._num_corrupt > MAX_CORRUPT:
+            raise error
         pause_s = _jitter.uniform(0.2, 1.0) * self._pause_s
         self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
         self._failing_since = self._failing_since or time.monotonic()
-        self._num_failures += 1
         wakes_at = time.monotonic() + pause_s
         if wakes_at > min(self._ends_at, self._failing_since + self._quiet_s):
             limit = f"{self._deadline_s:g} s in all, {self._quiet_s:g} s without progress"

@@ -18,6 +18,7 @@ import xxhash
 from fedllm.errors import CancelledError, ConfigError, CorruptPayloadError, OversizedPayloadError, TransportError
 from fedllm.ports import free_ports, parse_ports
 from fedllm.wire import generate
+from fedllm.wire import patience as patience_module
 from fedllm.wire.digest import CHUNK_BYTES, Digest, checksum, digest_bytes, digest_file, survey_file
 from fedllm.wire.ledger import Ledger
 from fedllm.wire.part import Part, Receipt
@@ -297,3 +298,17 @@ def test_an_error_without_a_reason_is_the_connections(code: grpc.StatusCode):
 
 def test_an_unknown_reason_of_a_newer_server_is_no_reason():
     assert judge(_Failed(grpc.StatusCode.ABORTED, "brand-new"), "host:1").reason is None
+
+
+def test_bytes_that_stay_corrupt_are_given_up_and_other_failures_do_not_count(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(patience_module, "FIRST_PAUSE_S", 1e-6)
+    patience, corrupt = Patience(60.0, 60.0, lambda: False), CorruptPayloadError("corrupt")
+    for _ in range(2):
+        for _ in range(patience_module.MAX_CORRUPT):
+            patience.pause(TransportError("no connection"))
+            patience.pause(corrupt)
+        patience.progressed()
+    for _ in range(patience_module.MAX_CORRUPT):
+        patience.pause(corrupt)
+    with pytest.raises(CorruptPayloadError):
+        patience.pause(corrupt)
