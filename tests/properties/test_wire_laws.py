@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedllm.errors import TicketError
@@ -119,13 +119,15 @@ def test_a_key_never_shows_its_secret():
 
 
 @given(st.integers(0, 1 << 42), st.binary(min_size=1, max_size=70_000), st.integers(0, 100))
-def test_messages_put_together_by_hand_are_those_of_the_generated_module(offset: int, data: bytes, beyond: int):
+@example(CHUNK_BYTES - 1, b"of two blocks", 0)
+def test_messages_put_together_by_hand_are_those_of_the_generated_module(offset: int, content: bytes, beyond: int):
+    data = content[: CHUNK_BYTES - offset % CHUNK_BYTES]  # a chunk ends with its block
     chunk = pb.Chunk(offset=offset, checksum=checksum(data), data=data)
     expected = {False: chunk.SerializeToString(), True: pb.PushRequest(chunk=chunk).SerializeToString()}
     with tempfile.TemporaryFile(buffering=0) as file:
-        os.pwrite(file.fileno(), data + bytes(beyond), offset)
+        os.pwrite(file.fileno(), content + bytes(beyond), offset)
         for is_push, message in expected.items():
-            assert Framer(is_push=is_push).read(file.fileno(), offset, offset + len(data)) == (message, len(data))
+            assert Framer(is_push=is_push).read(file.fileno(), offset, offset + len(content)) == (message, len(data))
 
 
 def test_a_long_file_is_read_chunk_by_chunk_and_no_further_than_its_end(tmp_path: Path):
