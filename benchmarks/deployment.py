@@ -40,7 +40,7 @@ import psutil
 
 from benchmarks.common import machine, show
 from client_app.audit.log import AuditLog, read_lines
-from fedllm.model.cache import default_cache_dir
+from fedllm.home import default_cache_dir
 from tests.bases import SMOLLM
 from tests.provisioned import Provisioned, provisioned
 from tests.tiny_model import make_tiny_model

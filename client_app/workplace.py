@@ -19,8 +19,8 @@ from fedllm.data.examples import Example
 from fedllm.data.partition import partition
 from fedllm.data.sources import load_examples
 from fedllm.errors import ConfigError, explain
+from fedllm.home import default_cache_dir
 from fedllm.messages import Instruction
-from fedllm.model.cache import default_cache_dir
 
 SITE_CONFIG_KEY = "site-config"
 

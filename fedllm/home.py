@@ -45,6 +45,11 @@ def shell_home(given: str = "") -> Path:
     return Path(given or os.environ.get(VARIABLE) or ".").expanduser().resolve()
 
 
+def default_cache_dir() -> Path:
+    """Return where things are kept that can be made again, `FEDLLM_CACHE`, else `~/.cache/fedllm`."""
+    return Path(os.environ.get("FEDLLM_CACHE") or Path.home() / ".cache" / "fedllm")
+
+
 def calling_app() -> Path | None:
     """Return the app directory that the calling ``flwr run`` named, None when no such process is found."""
     caller = _calling_flwr_run()

@@ -33,8 +33,8 @@ def central_score(config: RunConfig, home: Path, state: RunState) -> dict[str, f
     # Imported here so that a server without central evaluation never loads torch.
     from fedllm.data.encode import encode
     from fedllm.data.sources import load_examples
+    from fedllm.home import default_cache_dir
     from fedllm.model.build import cached_base
-    from fedllm.model.cache import default_cache_dir
     from fedllm.model.evaluate import evaluate_loss
     from fedllm.model.fitted import fit_adapter
     from fedllm.model.generate import without_adapter

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from fedllm.home import default_cache_dir
 from fedllm.model.build import LoadedBase, load_base
-from fedllm.model.cache import default_cache_dir
 from fedllm.model.spec import BaseSpec
 from tests.tiny_model import make_tiny_model
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
@@ -20,6 +23,9 @@ LANES = {
 They take minutes and mostly wait, so they begin first and the other tests fill the cores meanwhile. More than two at a time
 are too many for two cores: with three lanes the whole took longer, and single federations up to four times as long.
 """
+
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "kernels"))
+"""Federations of tests have a cache of their own each; kernels need not be compiled for every one."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +78,7 @@ class Flower:
             output = self._run_once(config, num_sites, timeout_s, cpus_per_site)
             if not any(words in output for words in TOO_SLOW):
                 return output
-            if "resume" not in config:
-                shutil.rmtree(self.folder / "runs" / str(config["name"]), ignore_errors=True)
+            self._forget(config)
         return self._run_once(config, num_sites, timeout_s, cpus_per_site)
 
     def _run_once(self, config: Mapping[str, object], num_sites: int, timeout_s: float, cpus_per_site: int) -> str:
@@ -91,6 +90,35 @@ class Flower:
             process.kill()
             output = process.communicate()[0]
             raise AssertionError(f"flwr run took over {timeout_s} s:\n{output}\n{stacks}") from None
+
+    def start_until(
+        self,
+        config: Mapping[str, object],
+        num_sites: int,
+        condition: Callable[[], object],
+        timeout_s: float = 300,
+        poll_s: float = 0.02,
+    ) -> subprocess.Popen[str]:
+        """Call `flwr run --stream` and return once a condition holds; start again where a start took too long.
+
+        Raises:
+            AssertionError: The run ended before, or it takes too long; with what it printed and where Ray's workers are.
+        """
+        for _ in range(ATTEMPTS):
+            process = self.start(config, num_sites)
+            if wait_while_running(process, condition, timeout_s, poll_s, more=self._stacks):
+                return process
+            output = process.communicate()[0]
+            assert any(words in output for words in TOO_SLOW), (
+                f"the run ended before it was to be waited for:\n{output}"
+            )
+            self._forget(config)
+        raise AssertionError(f"{ATTEMPTS} starts took too long; the last:\n{output}")
+
+    def _forget(self, config: Mapping[str, object]) -> None:
+        """Remove what a run left that came to nothing."""
+        if "resume" not in config:
+            shutil.rmtree(self.folder / "runs" / str(config["name"]), ignore_errors=True)
 
     def server_processes(self) -> list[psutil.Process]:
         """Return the processes that run a ServerApp (in simulation: and Ray's driver) under this home's SuperLink."""
@@ -130,13 +158,14 @@ class Flower:
                 process.kill()
 
     def _stacks(self) -> str:
-        """Return where the threads of Ray's workers are."""
+        """Return where the threads of Ray's workers are, and what the SuperLink wrote at last."""
         workers = [process for process in self._descendants() if "ray::" in " ".join(_command(process))]
         for worker in workers:
             with suppress(psutil.NoSuchProcess):
                 worker.send_signal(signal.SIGUSR1)
         time.sleep(2)
         logs = [log for worker in workers for log in RAY_LOGS.glob(f"session_2*/logs/worker-*-{worker.pid}.err")]
+        logs += self.folder.glob("flwr-home/local-superlink/*.log")
         return "\n".join(f"{log.name}:\n{log.read_text(errors='replace')[-20_000:]}" for log in logs)
 
     def _descendants(self) -> list[psutil.Process]:
@@ -191,12 +220,34 @@ def staged_app(folder: Path) -> Path:
     return app
 
 
-def wait_for(condition: object, timeout_s: float = 120, poll_s: float = 0.02) -> None:
-    """Wait until a function of no arguments returns something true."""
+def wait_for(condition: Callable[[], object], timeout_s: float = 300, poll_s: float = 0.02) -> None:
+    """Wait until a function returns something true."""
     end = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "waited too long"
+    while not condition():
+        assert time.monotonic() < end, f"waited more than {timeout_s} s"
         time.sleep(poll_s)
+
+
+def wait_while_running(
+    process: subprocess.Popen[str],
+    condition: Callable[[], object],
+    timeout_s: float = 300,
+    poll_s: float = 0.02,
+    *,
+    more: Callable[[], str] = str,
+) -> bool:
+    """Wait until a condition holds or a process has ended, and return whether the condition holds.
+
+    Raises:
+        AssertionError: Neither came about in time. The process is killed; what it printed is told, and what `more` returns.
+    """
+    try:
+        wait_for(lambda: condition() or process.poll() is not None, timeout_s, poll_s)
+    except AssertionError as error:
+        told = more()
+        process.kill()
+        raise AssertionError(f"{error}:\n{process.communicate()[0]}\n{told}") from None
+    return bool(condition())
 
 
 def _free_port() -> int:

@@ -18,8 +18,8 @@ import numpy as np
 
 from client_app.training import TrainPlan, train
 from fedllm.data.sequences import Sequence
+from fedllm.home import default_cache_dir
 from fedllm.model.build import LoadedBase, attach_adapter, load_base
-from fedllm.model.cache import default_cache_dir
 from fedllm.model.spec import AdapterSpec, BaseSpec, LoraSpec
 from tests.bases import load_tiny
 

@@ -67,8 +67,8 @@ def adapter_folder(folder: RunFolder, *, best: bool) -> Path:
 def _load(folder: RunFolder, manifest: Manifest, adapter: Path | None, limit: int, device: str) -> Answer:
     """Load base and adapter and return what answers a prompt."""
     # Imported here because torch takes seconds, and no other subcommand needs it.
+    from fedllm.home import default_cache_dir
     from fedllm.model.build import attach_adapter, layout_of, load_base, write_adapter
-    from fedllm.model.cache import default_cache_dir
     from fedllm.model.export import load_peft_adapter, served_as
     from fedllm.model.generate import answer, without_adapter
     from fedllm.model.prompts.tensors import imported

@@ -36,8 +36,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError(explain("a soft prompt cannot be merged into weights", found=trained.kind, fix=fix))
     source = adapter_folder(folder, best=arguments.best)
     # Imported here because torch takes seconds.
+    from fedllm.home import default_cache_dir
     from fedllm.model.build import attach_adapter, layout_of, load_base
-    from fedllm.model.cache import default_cache_dir
     from fedllm.model.export import load_peft_adapter, served_as
     from fedllm.model.merge import save_merged
 

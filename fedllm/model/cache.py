@@ -50,11 +50,6 @@ class Entry:
     is_new: bool
 
 
-def default_cache_dir() -> Path:
-    """Return `FEDLLM_CACHE`, else `~/.cache/fedllm`."""
-    return Path(os.environ.get("FEDLLM_CACHE") or Path.home() / ".cache" / "fedllm")
-
-
 def obtain(root: Path, key: str, build: Callable[[Path], Facts]) -> Entry:
     """Return the entry of a key, building it if it is missing or damaged.
 

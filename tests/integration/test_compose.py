@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flower_process import REPOSITORY, wait_for
+from tests.flower_process import REPOSITORY, wait_while_running
 
 PROJECT = "fedllm-test"
 DEMO = ["bash", str(REPOSITORY / "deploy" / "compose" / "demo.sh")]
@@ -125,12 +125,11 @@ def test_a_run_survives_a_killed_site_and_a_site_without_network(folder: Path) -
     process = subprocess.Popen(
         [*DEMO, "run"], env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    wait_for(lambda: events(folder, "evaluation") or process.poll() is not None, timeout_s=600)
-    assert process.poll() is None, process.communicate()[0]
+    assert wait_while_running(process, lambda: events(folder, "evaluation"), timeout_s=600), process.communicate()[0]
     time.sleep(5)  # sites train
     docker("kill", container("site-a"))
     docker("start", container("site-a"))
-    wait_for(lambda: events(folder, "round") or process.poll() is not None, timeout_s=600)
+    assert wait_while_running(process, lambda: events(folder, "round"), timeout_s=600), process.communicate()[0]
     network = f"{PROJECT}_site-b"
     for service in ("site-b", "site-b-node"):
         docker("network", "disconnect", network, container(service))

@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from client_app.service.status import Status
-from fedllm.model.cache import default_cache_dir
+from fedllm.home import default_cache_dir
 from fedllm.model.fingerprint import base_fingerprint
 from fedllm.model.source import resolve
 from fedllm.model.spec import BaseSpec

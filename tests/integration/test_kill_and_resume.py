@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.flower_process import Flower, flower, wait_for
+from tests.flower_process import Flower, flower
 from tests.tiny_model import make_tiny_model
 
 NUM_SITES = 2
@@ -80,8 +81,7 @@ MOMENTS = {
 def test_a_server_killed_again_and_again_resumes_to_the_same_bits(home: Flower, undisturbed: bytes) -> None:
     config = settings(home.folder, "killed")
     for moment, (kind, round_, delay_s) in MOMENTS.items():
-        process = home.start(config, NUM_SITES)
-        wait_for(lambda kind=kind, round_=round_, one=process: has_round(home, "killed", kind, round_) or one.poll())
+        process = home.start_until(config, NUM_SITES, partial(has_round, home, "killed", kind, round_))
         time.sleep(delay_s)
         home.kill_server()
         process.kill()

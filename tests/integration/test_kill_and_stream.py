@@ -21,7 +21,7 @@ from fedllm.config import RunConfig
 from fedllm.data.partition import partition
 from fedllm.data.sources import load_examples
 from tests.flower_deployment import deployment
-from tests.flower_process import Flower, flower, wait_for
+from tests.flower_process import Flower, flower, wait_while_running
 from tests.tiny_model import make_tiny_model
 from tests.wire_tools import ChaosProxy
 
@@ -131,13 +131,13 @@ def test_a_client_killed_in_mid_push_hands_in_the_same_update_again(home: Flower
         config = settings(home.folder, "client-killed", **line.settings, **{"transport.insecure": True})
         process = federation.start(home.app, run_config(config))
         parts = home.folder / "runs" / "client-killed" / "spool" / "incoming"
-        wait_for(lambda: any(parts.glob("1@site-0@*")) or process.poll() is not None, timeout_s=240)
+        wait_while_running(process, lambda: any(parts.glob("1@site-0@*")))
         victims = federation.client_apps(0)
         assert victims, "the site's process pushes"
         for victim in victims:
             victim.send_signal(signal.SIGKILL)
         line.proxy.up.bytes_per_s = None
-        output = process.communicate(timeout=300)[0]
+        output = process.communicate(timeout=480)[0]
     assert adapter(home, "client-killed", output) == undisturbed
     first = rounds(home, "client-killed")[0]
     assert first["participants"] == [f"site-{index}" for index in range(NUM_SITES)], first["rejected"]
@@ -145,12 +145,13 @@ def test_a_client_killed_in_mid_push_hands_in_the_same_update_again(home: Flower
 
 
 def test_a_server_killed_in_mid_fold_resumes_to_the_same_bits(home: Flower, undisturbed: bytes) -> None:
-    process = home.start(settings(home.folder, "server-killed"), NUM_SITES)
-    wait_for(lambda: rounds(home, "server-killed") or process.poll() is not None)
+    process = home.start_until(settings(home.folder, "server-killed"), NUM_SITES, lambda: rounds(home, "server-killed"))
     family = home.server_family()
     received = home.folder / "runs" / "server-killed" / "spool" / "received" / "2"
-    wait_for(lambda: number_of(received) == NUM_SITES or process.poll() is not None, poll_s=0.0005)
-    wait_for(lambda: number_of(received) < NUM_SITES, poll_s=0.0)  # the first update is folded and gone
+    wait_while_running(process, lambda: number_of(received) == NUM_SITES, poll_s=0.0005)
+    wait_while_running(
+        process, lambda: number_of(received) < NUM_SITES, poll_s=0.0
+    )  # the first update is folded and gone
     home.kill_server(family)
     process.kill()
     process.communicate()
@@ -168,13 +169,12 @@ def number_of(folder: Path) -> int:
 
 def test_a_network_that_is_gone_for_half_a_minute_costs_time_only(home: Flower, undisturbed: bytes) -> None:
     with Relayed(bytes_per_s=1e6) as line:
-        process = home.start(settings(home.folder, "cut", **line.settings), NUM_SITES)
-        wait_for(lambda: line.has_sent(700_000)() or process.poll() is not None, timeout_s=240)
+        process = home.start_until(settings(home.folder, "cut", **line.settings), NUM_SITES, line.has_sent(700_000))
         line.proxy.go_down()
         time.sleep(OUTAGE_S)
         line.proxy.up.bytes_per_s = None
         line.proxy.come_up()
-        output = process.communicate(timeout=300)[0]
+        output = process.communicate(timeout=480)[0]
     assert adapter(home, "cut", output) == undisturbed
     first, _ = rounds(home, "cut")
     assert first["rejected"] == [], first

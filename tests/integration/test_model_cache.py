@@ -160,10 +160,3 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ModelError, match=r"cache cannot be written.*FEDLLM_CACHE"):
         cache.obtain(tmp_path / "file" / "root", "key", build_payload)
-
-
-def test_the_default_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path))
-    assert cache.default_cache_dir() == tmp_path
-    monkeypatch.delenv("FEDLLM_CACHE")
-    assert cache.default_cache_dir() == Path.home() / ".cache" / "fedllm"

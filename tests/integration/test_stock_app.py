@@ -69,7 +69,7 @@ def test_the_app_of_the_page_learns_what_rolora_learns_by_hand(tmp_path: Path) -
     home.mkdir()
     configs = [f"partition-id={site} num-partitions=2" for site in range(2)]
     with deployment(home, configs, PYTHONPATH=str(REPOSITORY)) as federation:
-        printed = federation.start(app, f'output="{output}"').communicate(timeout=180)[0]
+        printed = federation.start(app, f'output="{output}"').communicate(timeout=480)[0]
     assert output.exists(), printed
     assert "fedllm: rolora" in printed
     expected = rolora_by_hand(num_sites=2, num_rounds=2)

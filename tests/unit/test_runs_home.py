@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedllm import home
-from fedllm.home import calling_app, resolve_home, shell_home
+from fedllm.home import calling_app, default_cache_dir, resolve_home, shell_home
 
 
 @pytest.fixture
@@ -122,3 +122,10 @@ def test_a_person_s_shell_counts_the_value_then_the_variable_then_the_directory(
     monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "set"))
     assert shell_home() == tmp_path / "set"
     assert shell_home("given") == tmp_path / "given"
+
+
+def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path))
+    assert default_cache_dir() == tmp_path
+    monkeypatch.delenv("FEDLLM_CACHE")
+    assert default_cache_dir() == Path.home() / ".cache" / "fedllm"
