@@ -70,4 +70,4 @@ def one_node(folder: Path, controller: int, node: int) -> Iterator[None]:
     finally:
         for process in reversed(running):
             process.terminate()
-            process.wait(timeout=20)
+            process.wait(timeout=60)

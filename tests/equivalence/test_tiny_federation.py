@@ -36,6 +36,23 @@ def losses(folder: RunFolder) -> list[float]:
     return [event["loss"] for event in events(folder, "evaluation")]
 
 
+def test_the_seed_decides_every_bit(tiny_home: Path) -> None:
+    one, again, other = (
+        params(run_tiny(tiny_home, name=name, seed=seed)) for name, seed in [("one", 7), ("again", 7), ("other", 8)]
+    )
+    assert all(np.array_equal(one[name], again[name]) for name in one)
+    assert not any(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_a_central_set_is_evaluated_after_every_round_and_changes_no_bit(tiny_home: Path) -> None:
+    plain = run_tiny(tiny_home, name="plain")
+    folder = run_tiny(tiny_home, name="central", **{"evaluation.central_source": "file:data.jsonl"})
+    assert all(np.array_equal(params(plain)[name], value) for name, value in params(folder).items())
+    scores = [event["central"] for event in events(folder, "evaluation")]
+    assert [score["num_tokens"] for score in scores] == [scores[0]["num_tokens"]] * 3
+    assert scores[2]["loss"] < scores[1]["loss"] < scores[0]["loss"]
+
+
 def test_ffa_lora_learns_and_leaves_every_bit_of_a(tiny_home: Path) -> None:
     folder = run_tiny(tiny_home, **{"strategy.name": "ffa-lora"})
     assert changed(folder) == {"lora_B"}

@@ -91,12 +91,3 @@ def test_a_server_killed_again_and_again_resumes_to_the_same_bits(home: Flower, 
     output = home.run(config, NUM_SITES)
     assert adapter(home, "killed", output) == undisturbed
     assert [event["round"] for event in home.events("killed") if event["event"] == "round"] == [1, 2, 3]
-
-
-def test_another_seed_gives_other_bits_and_a_central_set_is_evaluated(home: Flower, undisturbed: bytes) -> None:
-    central = {"evaluation.central_source": f"file:{home.folder / 'data.jsonl'}"}
-    output = home.run({**settings(home.folder, "seed-7"), "seed": 7, **central}, NUM_SITES)
-    assert adapter(home, "seed-7", output) != undisturbed
-    scores = [event["central"] for event in home.events("seed-7") if event["event"] == "evaluation"]
-    assert len(scores) == 4
-    assert all(isinstance(score, dict) and score["num_tokens"] > 0 for score in scores)

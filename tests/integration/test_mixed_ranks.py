@@ -40,6 +40,7 @@ def test_sites_of_four_ranks_make_one_adapter(tmp_path: Path, monkeypatch: pytes
         "train.learning_rate": 0.01,
         "train.schedule": "constant",
         "train.num_threads": 1,
+        "evaluation.central_source": f"file:{tmp_path / 'data.jsonl'}",
         "evaluation.local_only": False,
         "evaluation.prompt": "",
     }
@@ -51,6 +52,8 @@ def test_sites_of_four_ranks_make_one_adapter(tmp_path: Path, monkeypatch: pytes
     assert events[-1]["status"] == "finished", output
     losses = [event["loss"] for event in events if event["event"] == "evaluation"]
     assert losses[-1] < losses[0] - 0.1
+    central = [event["central"]["loss"] for event in events if event["event"] == "evaluation"]
+    assert central[-1] < central[0] - 0.1
     rounds = [event for event in events if event["event"] == "round"]
     assert all(event["participants"] == [f"site-{index}" for index in range(4)] for event in rounds)
     assert all(event["discarded_energy"] < 1e-12 for event in rounds)

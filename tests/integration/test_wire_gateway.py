@@ -201,7 +201,7 @@ def test_refusals_and_closed_rounds_reach_the_site_through_the_gateway(gateway: 
             time.sleep(0.01)
         gateway.server.close_round(2)
         with pytest.raises(CancelledError, match="Round 2 is closed"):
-            push.result(timeout=10)
+            push.result(timeout=60)
 
 
 def test_only_sites_with_a_certificate_that_holds_may_send_updates(gateway: Gateway):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -203,7 +202,5 @@ def test_a_server_without_the_update_service_fails(
 ) -> None:
     with serving_http(Hub(health=health), certificates) as port:
         transport = f'ca = "{certificates.ca}"\naddress = "127.0.0.1:{port}"'
-        started = time.monotonic()
         found = list(examine_updates(make_case(tmp_path, transport)))
     assert found[-1].status == status
-    assert time.monotonic() - started < 60

@@ -218,7 +218,7 @@ def test_lossy_uplinks_with_feedback_come_to_the_optimum_although_sites_are_late
 def test_a_buffer_that_does_not_fill_is_folded_at_the_deadline_if_the_quorum_is_there(tmp_path: Path) -> None:
     handlers: dict[int, Handler] = {**sites(2), 102: lambda message: None if is_training(message) else third(message)}
     third = sites(3)[102]
-    changes = {"rounds.buffer_size": 3, "rounds.min_sites": 2, "rounds.deadline_s": 1.0, "num_rounds": 1}
+    changes = {"rounds.buffer_size": 3, "rounds.min_sites": 2, "rounds.deadline_s": 5.0, "num_rounds": 1}
     folder = run(tmp_path, InProcessGrid(handlers), **{**QUIET, **changes})
     [row] = events(folder, "round")
     assert row["participants"] == ["site-0", "site-1"]

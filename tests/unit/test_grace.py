@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +37,7 @@ def participants(folder: Any) -> list[list[str]]:
 
 def test_a_round_closes_when_the_grace_after_the_quorum_is_over(tmp_path: Path) -> None:
     grid = TrainingDelays({102: 0.3, 103: 30.0})
-    started = time.monotonic()
     folder = run(tmp_path, grid, **QUIET, **{"rounds.grace_s": 3.0})
-    assert time.monotonic() - started < 25
     assert participants(folder) == [["site-0", "site-1", "site-2"]]
     [rejected] = events(folder, "round")[0]["rejected"]
     assert rejected == {"site": "site-3", "reason": "no reply before the round closed", "kind": "Silent"}

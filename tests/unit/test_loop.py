@@ -35,8 +35,8 @@ from tests.fake_federation import (
 
 SETTINGS = {
     "name": "test",
-    "rounds.deadline_s": 0.6,
-    "rounds.join_timeout_s": 1.0,
+    "rounds.deadline_s": 60.0,
+    "rounds.join_timeout_s": 60.0,
     "rounds.min_sites": 2,
     "rounds.max_attempts": 2,
     "train.local_steps": 2,
@@ -202,7 +202,9 @@ REASONS = {
 def test_a_bad_reply_is_named_and_changes_no_bit(how: str, tmp_path: Path) -> None:
     honest = {**sites(2)}
     clean = run(tmp_path / "clean", InProcessGrid(dict(honest)), num_rounds=1)
-    folder = run(tmp_path / "lied", InProcessGrid({**sites(2), 109: Liar(how)}), num_rounds=1)
+    deadline_s = 3.0 if how == "silent" else 60.0
+    grid = InProcessGrid({**sites(2), 109: Liar(how)})
+    folder = run(tmp_path / "lied", grid, num_rounds=1, **{"rounds.deadline_s": deadline_s})
     for name, value in params(clean).items():
         np.testing.assert_array_equal(params(folder)[name], value)
     event = events(folder, "round")[0]
@@ -218,12 +220,12 @@ def test_a_late_reply_is_named_and_dropped_in_the_next_round(tmp_path: Path) -> 
     grid.handlers[109] = slow
 
     def delay_training(message: FlowerMessage) -> FlowerMessage | None:
-        grid.delays[109] = 0.7 if message.metadata.message_type == "train" else 0.0
-        grid.delays[100] = 0.3 if message.metadata.message_type == "train" else 0.0
+        grid.delays[109] = 3.5 if message.metadata.message_type == "train" else 0.0
+        grid.delays[100] = 1.5 if message.metadata.message_type == "train" else 0.0
         return slow(message)
 
     grid.handlers[109] = delay_training
-    folder = run(tmp_path, grid, num_rounds=2)
+    folder = run(tmp_path, grid, num_rounds=2, **{"rounds.deadline_s": 3.0})
     first, second = events(folder, "round")
     assert first["rejected"] == [{"site": "site-9", "reason": "no reply before the round closed", "kind": "Silent"}]
     [late] = second["rejected"]
@@ -283,7 +285,7 @@ def test_a_node_that_was_away_when_it_was_greeted_is_greeted_again(
         return flower_error(message, "Node Unavailable") if len(greetings) <= 2 else members[101](message)
 
     grid = InProcessGrid({100: members[100], 101: away_at_first})
-    folder = run(tmp_path, grid, fixed_sites=False, **{"rounds.join_timeout_s": 30.0})
+    folder = run(tmp_path, grid, fixed_sites=False)
     assert events(folder, "round")[0]["participants"] == ["site-0", "site-1"]
     [told] = events(folder, "left_out")
     assert "Node Unavailable; it is greeted again" in told["reason"]
@@ -371,7 +373,7 @@ def test_settings_of_a_resumed_run_that_have_no_effect_are_named(tmp_path: Path,
 
 
 TRANSPORTS = ["flower", "grpc"]
-LOSSY = {"transport.uplink": "delta|int8:8", "transport.downlink": "delta|int8:8", "rounds.deadline_s": 20.0}
+LOSSY = {"transport.uplink": "delta|int8:8", "transport.downlink": "delta|int8:8"}
 
 
 @pytest.mark.parametrize("kind", TRANSPORTS)

@@ -120,7 +120,7 @@ def test_a_child_is_ended_with_all_that_it_started_even_if_it_does_not_listen():
     assert not child.has_ended
     child.end(grace_s=0.5)
     assert child.has_ended
-    assert not psutil.wait_procs([below], timeout=5)[1]
+    assert not psutil.wait_procs([below], timeout=60)[1]
 
 
 def test_a_folder_that_is_no_kit_and_a_wrong_site_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -59,7 +59,7 @@ def test_a_killed_service_is_not_taken_for_a_running_one(tmp_path: Path):
 def test_stop_ends_the_holder_and_waits_for_it(tmp_path: Path):
     process = _holder(tmp_path)
     assert stop_site(tmp_path) is True
-    assert process.wait(timeout=5) == -signal.SIGTERM
+    assert process.wait(timeout=60) == -signal.SIGTERM
 
 
 def test_a_service_that_does_not_end_is_named(tmp_path: Path):

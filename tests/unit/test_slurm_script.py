@@ -87,7 +87,7 @@ def test_told_that_its_time_ends_it_ends_the_site_and_is_queued_again(
     assert asked(tmp_path) == ["requeue 4711"]
     assert "start 3 of job 4711" in said
     assert "[service] ends" in said
-    assert not psutil.wait_procs(family, timeout=20)[1]
+    assert not psutil.wait_procs(family, timeout=60)[1]
     assert site_status(kit).sentence() == "not running"
 
 
@@ -99,7 +99,7 @@ def test_cancelled_it_ends_the_site_and_stays_away(
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=240)[0]
     assert (process.returncode, asked(tmp_path)) == (0, []), said
-    assert not psutil.wait_procs(family, timeout=20)[1]
+    assert not psutil.wait_procs(family, timeout=60)[1]
 
 
 def test_what_cannot_run_is_not_queued_again(kit: Path, job: Callable[..., subprocess.Popen[str]], tmp_path: Path):
@@ -128,7 +128,7 @@ def test_a_job_that_slurm_does_not_queue_again_has_failed(
 
 def test_it_runs_only_where_slurm_says_where_it_is(job: Callable[..., subprocess.Popen[str]], tmp_path: Path):
     process = job(SLURM_SUBMIT_DIR="")
-    assert "from the folder of the kit" in process.communicate(timeout=30)[0]
+    assert "from the folder of the kit" in process.communicate(timeout=120)[0]
     assert process.returncode != 0
     assert asked(tmp_path) == []
 
