@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from client_app.service.warm import warm_command, write_program
+
 START_S = 120
 ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -37,12 +39,14 @@ class Deployment:
         environment: Environment of all processes.
         link: The SuperLink's process.
         nodes: The SuperNodes' processes, in the order of their node configs.
+        warm: The processes that become their ClientApps, one for each SuperNode where they are kept.
     """
 
     folder: Path
     environment: Mapping[str, str]
     link: subprocess.Popen[bytes]
     nodes: Sequence[subprocess.Popen[bytes]]
+    warm: Sequence[subprocess.Popen[bytes]]
 
     def start(self, app: Path, run_config: str) -> subprocess.Popen[str]:
         """Submit a run of an app and return at once; the process ends with the run."""
@@ -59,6 +63,8 @@ class Deployment:
     def client_apps(self, node: int) -> list[psutil.Process]:
         """Return the processes in which a SuperNode runs a ClientApp now."""
         with suppress(psutil.NoSuchProcess):
+            if self.warm:
+                return psutil.Process(self.warm[node].pid).children()
             below = psutil.Process(self.nodes[node].pid).children(recursive=True)
             return [child for child in below if "flwr-clientapp" in _command(child)]
         return []
@@ -72,12 +78,15 @@ def _command(process: psutil.Process) -> str:
 
 
 @contextmanager
-def deployment(folder: Path, node_configs: Sequence[str], **variables: str) -> Iterator[Deployment]:
+def deployment(
+    folder: Path, node_configs: Sequence[str], *, is_warm: bool = False, **variables: str
+) -> Iterator[Deployment]:
     """Run a SuperLink and a SuperNode per node config, and end them.
 
     Args:
         folder: An existing folder for Flower's files and the processes' log.
         node_configs: What each SuperNode gets as ``--node-config``, empty for nothing.
+        is_warm: Whether libraries are loaded once for each node, as a site's service does, and not for every message.
         **variables: More environment variables.
     """
     ports = _free_ports(1 + len(node_configs))
@@ -87,16 +96,26 @@ def deployment(folder: Path, node_configs: Sequence[str], **variables: str) -> I
     (folder / "config.toml").write_text(f'[superlink.{FEDERATION}]\naddress="{address}"\ninsecure=true\n')
     link = [program("flower-superlink"), "--insecure", "--host", "127.0.0.1", "--port", str(ports[0])]
     node = [program("flower-supernode"), "--insecure", "--superlink", address, "--port"]
-    commands = [link]
-    for port, config in zip(ports[1:], node_configs, strict=True):
-        commands += [[*node, str(port), *(["--node-config", config] if config else [])]]
     with (folder / "log").open("wb") as log:
-        processes = [
-            subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT) for command in commands
-        ]
+        processes: list[subprocess.Popen[bytes]] = []
+
+        def start(command: list[str], **changes: str) -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(command, env={**environment, **changes}, stdout=log, stderr=subprocess.STDOUT)
+            processes.append(process)
+            return process
+
         try:
+            superlink, nodes, warm = start(link), [], []
+            for index, (port, config) in enumerate(zip(ports[1:], node_configs, strict=True)):
+                path = environment["PATH"]
+                if is_warm:
+                    kept = folder / f"node-{index}"
+                    kept.mkdir()
+                    path = f"{write_program(kept)}{os.pathsep}{path}"
+                    warm.append(start(warm_command(kept)))
+                nodes.append(start([*node, str(port), *(["--node-config", config] if config else [])], PATH=path))
             _wait_for(ports[0])
-            yield Deployment(folder, environment, processes[0], processes[1:])
+            yield Deployment(folder, environment, superlink, nodes, warm)
         finally:
             _end(processes)
 

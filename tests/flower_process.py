@@ -191,6 +191,7 @@ def flower(folder: Path, **variables: str) -> Iterator[Flower]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+        "RAY_worker_niceness": "0",  # at Ray's own 15 the other tests leave a site nearly nothing
         "PYTHONPATH": str(folder / "stacks"),
         **variables,
     }

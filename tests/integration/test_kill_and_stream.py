@@ -126,7 +126,7 @@ def test_a_client_killed_in_mid_push_hands_in_the_same_update_again(home: Flower
     nodes = [f'site-config="{path}"' for path in site_files(home.folder)]
     with (
         Relayed(bytes_per_s=1e6) as line,
-        deployment(home.folder / "deployed", nodes, FEDLLM_HOME=str(home.folder)) as federation,
+        deployment(home.folder / "deployed", nodes, is_warm=True, FEDLLM_HOME=str(home.folder)) as federation,
     ):
         config = settings(home.folder, "client-killed", **line.settings, **{"transport.insecure": True})
         process = federation.start(home.app, run_config(config))
