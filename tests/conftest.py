@@ -8,20 +8,21 @@ from pathlib import Path
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-LANES = {
-    "test_kill_and_resume.py": "killed servers",
-    "test_attacked_run.py": "killed servers",
-    "test_wrong_input.py": "killed servers",
-    "test_mixed_ranks.py": "killed servers",
-    "test_kill_and_stream.py": "broken streams",
-    "test_stock_app.py": "broken streams",
-    "test_site_service.py": "broken streams",
-    "test_deployed_kits.py": "broken streams",
-}
-"""Files with federations of their own: those of one lane run one after the other, in one process.
+FEDERATIONS = (
+    "test_kill_and_resume.py",
+    "test_kill_and_stream.py",
+    "test_attacked_run.py",
+    "test_mixed_ranks.py",
+    "test_wrong_input.py",
+    "test_stock_app.py",
+    "test_site_service.py",
+    "test_deployed_kits.py",
+)
+"""Files with federations of their own, which run one after the other, in one process, in this order.
 
-They take minutes and mostly wait, so they begin first and the other tests fill the cores meanwhile. More than two at a time
-are too many for two cores: with three lanes the whole took longer, and single federations up to four times as long.
+They take minutes and partly wait, so they begin first and the other tests fill the cores meanwhile. More than one at a time
+are too many for two cores: Flower takes work back from a program that needs more than 30 s to start. The largest comes
+last, when the other tests have ended.
 """
 
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "kernels"))
@@ -30,17 +31,21 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".pytes
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the long waits begin first."""
-    items.sort(key=lambda item: item.path.name not in LANES)
+    items.sort(key=lambda item: _place(item.path.name))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
-    """Hand out whole lanes and whole files, so that what a file's tests share is made once."""
-    return Lanes(config, log)
+    """Hand out the federations and whole files, so that what a file's tests share is made once."""
+    return Shares(config, log)
 
 
-class Lanes(LoadScopeScheduling):
-    """Hands out tests lane by lane, and otherwise file by file, in the order in which they were collected."""
+def _place(name: str) -> int:
+    return FEDERATIONS.index(name) if name in FEDERATIONS else len(FEDERATIONS)
+
+
+class Shares(LoadScopeScheduling):
+    """Hands out the federations as one, and other tests file by file, in the order in which they were collected."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.split("::", 1)[0]
-        return LANES.get(path.rsplit("/", 1)[-1], path)
+        return "federations" if path.rsplit("/", 1)[-1] in FEDERATIONS else path

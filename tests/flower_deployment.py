@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from client_app.service.warm import warm_command, write_program
+from tests.free_ports import free_ports
 
 START_S = 120
 ENVIRONMENT = {
@@ -89,7 +90,7 @@ def deployment(
         is_warm: Whether libraries are loaded once for each node, as a site's service does, and not for every message.
         **variables: More environment variables.
     """
-    ports = _free_ports(1 + len(node_configs))
+    ports = free_ports(1 + len(node_configs))
     environment = {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(folder), **variables}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     address = f"127.0.0.1:{ports[0]}"
@@ -149,11 +150,3 @@ def _wait_for(port: int) -> None:
             return
         time.sleep(0.1)
     raise RuntimeError(f"the SuperLink did not listen on port {port} within {START_S} s")
-
-
-def _free_ports(number: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

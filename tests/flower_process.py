@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from tests.free_ports import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 NOT_THE_APP = shutil.ignore_patterns("__pycache__")
@@ -181,7 +182,7 @@ class Flower:
 def flower(folder: Path, **variables: str) -> Iterator[Flower]:
     """Yield a Flower home in an empty folder; everything that was started under it ends with it."""
     folder.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith(("FLWR_", "FEDLLM_HOME"))},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -249,12 +250,6 @@ def wait_while_running(
         process.kill()
         raise AssertionError(f"{error}:\n{process.communicate()[0]}\n{told}") from None
     return bool(condition())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _toml(value: object) -> str:

@@ -23,8 +23,9 @@ from client_app.service.control import site_status
 from client_app.service.status import Status
 from fedllm.cli.main import main
 from fedllm.runs import read_metrics
-from tests.flower_deployment import _end, _free_ports
+from tests.flower_deployment import _end
 from tests.flower_process import REPOSITORY, staged_app, wait_for
+from tests.free_ports import free_ports
 from tests.networks import Computer, computers
 
 NAME = "local-deployment"
@@ -154,7 +155,7 @@ def provisioned(
     """
     with ExitStack() as ending:
         places = ending.enter_context(computers([SERVER, *sites]))
-        superlink, public = _free_ports(2)
+        superlink, public = free_ports(2)
         federation = Provisioned(folder, places, public, superlink, _environment(folder, short_heartbeat, variables))
         _provision(federation, sites)
         ending.callback(lambda: _end(list(federation.processes.values())))

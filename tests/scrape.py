@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 import urllib.error
@@ -13,11 +12,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 Figures = dict[tuple[str, frozenset[tuple[str, str]]], float]
 """Values by name and labels."""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def read(text: str) -> Figures:

@@ -144,7 +144,8 @@ def begin(federation: Provisioned, sites: tuple[str, ...]) -> dict[str, Status]:
     for site in refused:
         federation.processes[site].terminate()
     for site in (*GOOD, OTHER_BASE):
-        wait_for(lambda site=site: federation.status(site).phase == "connected", timeout_s=300, poll_s=0.2)
+        wait_for(lambda site=site: "libraries are loaded" in federation.service_log(site), timeout_s=300, poll_s=0.2)
+        assert federation.status(site).phase == "connected"
     return statuses
 
 

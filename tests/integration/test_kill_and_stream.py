@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -22,6 +21,7 @@ from fedllm.data.partition import partition
 from fedllm.data.sources import load_examples
 from tests.flower_deployment import deployment
 from tests.flower_process import Flower, flower, wait_while_running
+from tests.free_ports import free_port
 from tests.tiny_model import make_tiny_model
 from tests.wire_tools import ChaosProxy
 
@@ -83,8 +83,7 @@ class Relayed:
     """Settings and relay of a run whose sites reach the update server through a slow line only."""
 
     def __init__(self, bytes_per_s: float) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port()
         self.proxy = ChaosProxy(port, bytes_per_s=bytes_per_s)
         self.settings = {"transport.ports": str(port), "transport.advertise": f"127.0.0.1:{self.proxy.port}"}
 

@@ -16,7 +16,8 @@ import pytest
 
 from client_app.service.control import site_status
 from fedllm.cli.main import main
-from tests.flower_deployment import _end, _free_ports, _wait_for
+from tests.flower_deployment import _end, _wait_for
+from tests.free_ports import free_ports
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 SHORT_HEARTBEAT = """
@@ -29,7 +30,7 @@ flwr.common.constant.HEARTBEAT_DEFAULT_INTERVAL = flwr.common.constant.HEARTBEAT
 @pytest.fixture
 def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Provision a federation, run its server from the scripts made, register its site, and unpack the site's kit."""
-    superlink, public = _free_ports(2)
+    superlink, public = free_ports(2)
     public = public if NGINX else superlink
     (tmp_path / "sitecustomize.py").write_text(SHORT_HEARTBEAT)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}")

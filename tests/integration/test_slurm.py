@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from client_app.service.control import site_status
-from tests.flower_deployment import _free_ports
+from tests.free_ports import free_ports
 from tests.integration.test_site_service import _wait_until, kit  # noqa: F401
 from tests.one_node_slurm import can_run, one_node
 
@@ -23,7 +23,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm" / "slurm.conf"))
-    with one_node(tmp_path / "slurm", *_free_ports(2)):
+    with one_node(tmp_path / "slurm", *free_ports(2)):
         yield
 
 

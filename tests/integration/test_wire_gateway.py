@@ -29,6 +29,7 @@ from fedllm.wire.spool import Spool
 from fedllm.wire.stream import StreamClientTransport, StreamServerTransport
 from fedllm.wire.ticket import TicketKey
 from fedllm.wire.tls import TlsConfig
+from tests.free_ports import free_port
 from tests.wire_tools import RUN, ChaosProxy, Site, payload
 
 MIB = 1 << 20
@@ -98,8 +99,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     context.load_cert_chain(folder / "server.crt", folder / "server.key")
     flower.socket = context.wrap_socket(flower.socket, server_side=True)
     threading.Thread(target=flower.serve_forever, daemon=True).start()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     values = {
         "GATEWAY_PORT": f"127.0.0.1:{port}",
         "GATEWAY_CERTIFICATE": "server.crt",

@@ -25,6 +25,7 @@ from fedllm.wire.server import UpdateServer
 from fedllm.wire.spool import Spool
 from fedllm.wire.ticket import TicketKey
 from fedllm.wire.tls import TlsConfig
+from tests.free_ports import free_port
 from tests.wire_tools import RUN, ChaosProxy, Site, make_certificates, payload, serving
 
 MIB = 1 << 20
@@ -360,9 +361,9 @@ def test_a_server_that_cannot_be_reached_is_given_up_with_a_clear_error(site: Si
     source = site.folder / "update"
     receipt = payload(source, MIB)
     with pytest.raises(TransportError, match=r"gave up.*UNAVAILABLE"):
-        site.client(_unused_port(), quiet_s=1.0).push(site.ticket(), source, receipt)
+        site.client(free_port(), quiet_s=1.0).push(site.ticket(), source, receipt)
     with pytest.raises(TransportError, match="gave up"):
-        site.client(_unused_port(), deadline_s=1.0).push(site.ticket(), source, receipt)
+        site.client(free_port(), deadline_s=1.0).push(site.ticket(), source, receipt)
 
 
 def test_a_file_that_is_not_what_it_claims_is_refused_at_once(site: Site):
@@ -534,11 +535,6 @@ def test_the_first_free_port_is_taken_and_a_full_range_is_named(tmp_path: Path):
         with pytest.raises(TransportError, match="no free port"):
             UpdateServer(Spool(tmp_path), TicketKey.generate(), RUN, ports=str(one.port), insecure=True)
     taken[0].close()
-
-
-def _unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def _until(condition, timeout_s: float = 60.0) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from fedllm.wire.spool import Spool
 from fedllm.wire.ticket import TicketKey
 from fedllm.wire.tls import TlsConfig
 from tests.doctor_tools import Authority, Hub, by_check, make_case, serving_http
+from tests.free_ports import free_port
 from tests.wire_tools import Certificates, make_certificates
 
 
@@ -40,13 +40,6 @@ def update_port(tmp_path_factory: pytest.TempPathFactory, certificates: Certific
     with UpdateServer(spool, TicketKey.generate(), "a-run", ports="0", tls=tls) as server:
         server.open_round(1)
         yield server.port
-
-
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def at_hub(folder: Path, hub: Hub, certificates: Certificates, transport: str = "") -> dict[str, Finding]:
@@ -144,7 +137,7 @@ def test_a_port_where_nobody_listens_and_a_name_that_nobody_has_fail_differently
     tmp_path: Path, certificates: Certificates
 ) -> None:
     transport = f'ca = "{certificates.ca}"'
-    (refused,) = examine_flower(make_case(tmp_path, transport, f"127.0.0.1:{unused_port()}"))
+    (refused,) = examine_flower(make_case(tmp_path, transport, f"127.0.0.1:{free_port()}"))
     (unknown,) = examine_flower(make_case(tmp_path, transport, "no-such-host.invalid:443"))
     assert "nobody listens" in refused.message
     assert refused.status is unknown.status is Status.FAILURE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from client_app.service.flower import QUIET
+from tests.free_ports import free_port
 from tests.kustomize import COMPOSE, KUBERNETES, REPOSITORY, Object, build, each_root, find, pod_templates
 
 
@@ -89,8 +89,7 @@ def test_flower_takes_every_command(root: str):
 def test_a_superexec_answers_its_probe():
     """Starts what the Pod starts, where no SuperNode is; the kubelet asks the port of ``--health-server-address``."""
     container = _container(build(KUBERNETES / "site"), "site", "client")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = [each for each in container["args"][1:] if "secret" not in each and "health" not in each]
     arguments += [f"--health-server-address=127.0.0.1:{port}"]
     command = [str(Path(sys.executable).parent / "flower-superexec"), *arguments]

@@ -23,8 +23,9 @@ from server_app.events import parse_event
 from server_app.observability.families import FAMILIES, MAX_SITES, REASONS
 from server_app.observability.figures import RunFigures
 from tests.fake_federation import Handler, InProcessGrid, QuadraticSite, flower_error
+from tests.free_ports import free_port
 from tests.sample_runs import sample_events
-from tests.scrape import Figures, Scraper, free_port, read, scrape, value
+from tests.scrape import Figures, Scraper, read, scrape, value
 from tests.unit.test_loop import SETTINGS
 
 

@@ -20,8 +20,9 @@ from fedllm.cli.main import main
 from fedllm.errors import ConfigError, DataError
 from fedllm.messages import Hello
 from fedllm.observability.endpoint import as_text
+from tests.free_ports import free_port
 from tests.owned_sites import HEAD, grid_with_owned, owned, written
-from tests.scrape import Figures, free_port, read, scrape, value
+from tests.scrape import Figures, read, scrape, value
 from tests.tiny_federation import run_tiny
 from tests.tiny_federation import tiny_home as tiny_home
 

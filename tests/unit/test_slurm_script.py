@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 
 from client_app.service.control import site_status
 from fedllm.cli.main import main
+from tests.free_ports import free_port
 
 SCRIPTS = Path(__file__).parents[2] / "deploy"
 
@@ -25,8 +25,7 @@ SCRIPTS = Path(__file__).parents[2] / "deploy"
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slurm")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     (folder / "federation.toml").write_text(
         f'[federation]\nname = "study"\n[server]\nhost = "127.0.0.1"\nport = {port}\n[[sites]]\nname = "a"\n'
     )
