@@ -60,10 +60,11 @@ format: install  ## Bring the source into its format
 	$(BIN)/ruff check --fix -q . || true
 	$(BIN)/ruff format -q .
 
-fuzz: install  ## Throw damaged payloads at the reader for 90 seconds
+fuzz: install  ## Throw damaged payloads at the reader for 90 seconds, and new examples at every law
 	$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) install -q -c constraints.txt -e '.[fuzz]' || true
 	$(BIN)/python -m tests.fuzz.fuzz_payload --seconds 60
 	$(BIN)/python -m tests.fuzz.fuzz_payload --seconds 30 --blind
+	$(BIN)/python -m pytest -n 2 --hypothesis-profile=search tests/properties
 
 wheelhouse: install  ## Collect every package that the container images and air-gapped sites install
 	$(PIP) wheel -q -w wheelhouse -c constraints.txt torch==2.13.0
