@@ -35,11 +35,14 @@ class KernelLocator(UserProvidedCacheLocator):
 
     @classmethod
     def from_function(cls, function: Any, file: str) -> Any:
-        """Return a locator for a function in this package, None for any other."""
+        """Return a locator for a function in this package, None for any other and where nothing can be written."""
         if Path(file).resolve().parent != OURS:
             return None
         locator: Any = cls(function, file)
-        locator.ensure_cache_path()
+        try:
+            locator.ensure_cache_path()
+        except OSError:
+            return None
         return locator
 
 

@@ -60,6 +60,12 @@ def test_the_cache_may_be_elsewhere(tmp_path: Path) -> None:
     assert not code_in(tmp_path / "home")
 
 
+def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder can be made here, not even by root")
+    compile_one(tmp_path / "one", tmp_path / "home", NUMBA_CACHE_DIR=str(tmp_path / "file/numba"))
+    assert code_in(tmp_path / "one/fedllm/codecs/__pycache__"), "numba's own place"
+
+
 def test_a_read_only_installation_keeps_code_in_the_temporary_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder can be made here, not even by root")
     compile_one(tmp_path / "one", tmp_path, FEDLLM_CACHE=str(tmp_path / "file/cache"), TMPDIR=str(tmp_path))
