@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-import socket
+from itertools import islice
 
-PORTS = range(20_000, 32_000)
+from fedllm import ports
+
+FIRST, LAST = 20_000, 32_000
 """Below those that the system gives to outgoing connections, of which one could be in use by the time the server starts."""
 
 _draw = random.SystemRandom()
@@ -13,19 +15,10 @@ _draw = random.SystemRandom()
 
 def free_port() -> int:
     """Return a port of the loopback that nobody uses."""
-    while True:
-        port = _draw.choice(PORTS)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+    return free_ports(1)[0]
 
 
 def free_ports(number: int) -> list[int]:
     """Return so many different ports."""
-    ports: set[int] = set()
-    while len(ports) < number:
-        ports.add(free_port())
-    return list(ports)
+    after = _draw.randrange(FIRST, LAST - 1000)
+    return list(islice(ports.free_ports("127.0.0.1", range(after, LAST)), number))

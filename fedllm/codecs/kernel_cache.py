@@ -30,7 +30,7 @@ class KernelLocator(UserProvidedCacheLocator):
         self._py_file = file
         self._lineno = function.__code__.co_firstlineno
         config: Any = numba.config
-        root = Path(config.CACHE_DIR) if config.CACHE_DIR else private_cache_dir()
+        root = Path(config.CACHE_DIR) if config.CACHE_DIR else _own_root()
         self._cache_path = str(root / f"codecs-{source_digest()[:20]}")
 
     @classmethod
@@ -54,6 +54,12 @@ def source_digest() -> str:
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
+
+
+@functools.cache
+def _own_root() -> Path:
+    """Return the folder for all kernels of this process: a new one would be another for each."""
+    return private_cache_dir()
 
 
 def private_cache_dir() -> Path:

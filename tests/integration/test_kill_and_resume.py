@@ -18,6 +18,8 @@ from tests.tiny_model import make_tiny_model
 
 NUM_SITES = 2
 
+pytestmark = pytest.mark.timeout(1200)  # six starts of a federation
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:

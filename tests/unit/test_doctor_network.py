@@ -189,6 +189,7 @@ def test_an_update_server_of_another_authority_fails(tmp_path: Path, update_port
     assert finding.status is Status.FAILURE
 
 
+@pytest.mark.timeout(60)  # it does not wait for what will not come
 @pytest.mark.parametrize(("health", "status"), [(404, "failure")])
 def test_a_server_without_the_update_service_fails(
     tmp_path: Path, certificates: Certificates, health: int, status: str
